@@ -1,0 +1,1 @@
+"""Hydra plugin of apportion: see ``searchpath``."""
