@@ -1,0 +1,1 @@
+"""Hydra configs: ``slots/`` for every app, the rest for ``apportion-train``."""
