@@ -1,0 +1,97 @@
+"""Optimizer state in checkpoints: every parameter at the position it has in the untouched optimizer.
+
+An optimizer numbers the parameters of its state by their place in the param groups. Ours hold only what trains, so a
+state dict is spread out over the full groups when it is saved, and taken in again when it is loaded. Hence a run
+without any selection loads it, and the other way round; state kept for unselected parameters, and masters, travel with
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from apportion.owner import Owner
+
+
+def _numbered(owner: Owner, optimizer: Optimizer) -> Iterator[tuple[int, nn.Parameter]]:
+    groups = owner.full[owner.optimizers.index(optimizer)]
+    yield from enumerate(p for group in groups for p in group)
+
+
+def spread_out(owner: Owner, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with every parameter at its full position, with kept state and masters.
+
+    Args:
+        owner: Knows who trains and what is parked.
+        optimizer: One of its optimizers.
+        state_dict: What the optimizer gives, numbered by what trains now.
+    """
+    packed = {k: i for i, k in enumerate(k for g in optimizer.param_groups for k in g["params"])}
+    state: dict[Any, Any] = {k: v for k, v in state_dict["state"].items() if not isinstance(k, int)}
+    for i, p in _numbered(owner, optimizer):
+        slot = owner.slots[p]
+        found = state_dict["state"].get(packed.get(owner.leaf(p), -1)) if slot.trains else slot.parked
+        master = {"master": slot.master.leaf.detach()} if slot.master is not None else {}
+        if found or master:
+            state[i] = {**(found or {}), **master}
+    groups, start = [], 0
+    which = owner.optimizers.index(optimizer)
+    for group, full, labels in zip(state_dict["param_groups"], owner.full[which], owner.labels[which], strict=True):
+        extra = {"param_names": list(labels)} if labels is not None else {}
+        groups.append({**group, "params": list(range(start, start + len(full))), **extra})
+        start += len(full)
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def take_in(owner: Owner, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What is left for the optimizer to load, once state of parameters that do not train and masters are taken out.
+
+    The param groups are full afterwards, as loading goes by position; they must be written anew when it has ended.
+
+    Args:
+        owner: Takes what the optimizer itself cannot.
+        optimizer: One of its optimizers.
+        state_dict: A state dict with full positions.
+
+    Raises:
+        ValueError: If its groups are of other sizes.
+    """
+    full = [len(group) for group in owner.full[owner.optimizers.index(optimizer)]]
+    saved = [len(group["params"]) for group in state_dict["param_groups"]]
+    if saved != full:
+        raise ValueError(
+            f"The checkpoint's optimizer has groups of {saved} parameters, this one of {full}: resume with the "
+            "`configure_optimizers` of the interrupted run, or load the weights alone."
+        )
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    state = dict(state_dict["state"])
+    for i, p in _numbered(owner, optimizer):
+        slot, found = owner.slots[p], state.pop(ids[i], None)
+        slot.parked = None
+        if found and slot.trains:
+            master = found.get("master")
+            if master is not None and slot.master is not None:
+                slot.master.leaf.data.copy_(master)
+            rest = {k: v for k, v in found.items() if k != "master"}
+            if rest:
+                state[ids[i]] = rest
+        elif found:
+            _park(owner, p, found)
+    owner.write_groups(everything=True)
+    return {**state_dict, "state": state}
+
+
+def _park(owner: Owner, p: nn.Parameter, found: dict[str, Any]) -> None:
+    slot = owner.slots[p]
+    policy = next((claim.state for claim in owner.claims.values() if p in claim.covered), "keep")
+    if policy == "drop":
+        return
+    place = torch.device("cpu") if policy == "offload" else p.device
+    slot.devices = {k: v.device if k == "step" else p.device for k, v in found.items() if isinstance(v, Tensor)}
+    slot.parked = {k: v.to(place, copy=True) if isinstance(v, Tensor) else v for k, v in found.items()}
