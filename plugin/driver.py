@@ -1,0 +1,298 @@
+"""SelectiveTuning: the Lightning callback that puts five slots to work; the one place with side effects on a run.
+
+setup                     refuse what would fail silently; DDP is told to leave the candidates alone
+on_fit_start              find the units, own the param groups, apply the saved or the first selection
+on_train_start            restore random number states (everything else is restored by now)
+on_train_batch_start      first micro-batch of a window: probe, select, freeze
+on_after_backward         last micro-batch of a window: average gradients over ranks
+on_before_optimizer_step  first step after a switch: every selected unit must have had a gradient
+on_train_batch_end        after a step: free gradients, log
+on_train_end, on_exception   leave the model as found
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any
+
+from apportion import checks, randomness, sync
+from apportion.owner import Owner
+from apportion.probing import TrainerProbe
+from apportion.selection import History, Selection, Slots
+from apportion.types import Budget, Effect, Rule, Score, Units, When
+
+# Both Trainers accept a callback only if it is of their own class; where both packages are installed we are of both.
+_bases: list[type] = []
+if find_spec("lightning") is not None:
+    from lightning.pytorch import Callback as _LightningCallback
+
+    _bases.append(_LightningCallback)
+if find_spec("pytorch_lightning") is not None:
+    from pytorch_lightning import Callback as _PytorchLightningCallback
+
+    _bases.append(_PytorchLightningCallback)
+_Callback: Any = type("_Callback", tuple(_bases), {})
+
+
+class SelectiveTuning(_Callback):
+    """While a model is fine-tuned, trains at every step only the units that five slots select.
+
+        mask_t = rule(score_t, budget_t);   effect: units with mask_t train, the others do not move by one bit
+
+    Args:
+        units: What is scored and selected.
+        score: How important each unit is.
+        budget: How many units are selected.
+        rule: Scores and budget to a mask.
+        effect: What selection does to the training.
+        select_when: Optimizer steps before which a new selection is made; every step by default.
+        seed: Seed of the draws, the same on all ranks; None is 0. Draws and probes have random streams of their own.
+        name: Tells several callbacks of one class on a Trainer apart, in checkpoints and logs.
+        probe_data: Batches for scores that probe the loss; by default the batch of the step that is being prepared.
+        probe_loss: ``probe_loss(module, batch)``, the loss to probe; by default that of ``training_step``.
+
+    Raises:
+        TypeError: If a slot is of the wrong kind.
+        ValueError: If the score needs what the effect takes away.
+
+    Example:
+        >>> from apportion.budgets import Constant
+        >>> from apportion.effects import Freeze
+        >>> from apportion.rules import Sample
+        >>> from apportion.scores import Uniform
+        >>> from apportion.units import Layers
+        >>> SelectiveTuning(Layers(), Uniform(), Constant(2), Sample(), Freeze(), select_when=When(every=20)).label
+        'SelectiveTuning'
+    """
+
+    def __init__(
+        self,
+        units: Units,
+        score: Score,
+        budget: Budget,
+        rule: Rule,
+        effect: Effect,
+        *,
+        select_when: When | None = None,
+        seed: int | None = 0,
+        name: str | None = None,
+        probe_data: Iterable[Any] | None = None,
+        probe_loss: Callable[[Any, Any], Any] | None = None,
+    ) -> None:
+        self.slots = Slots(units, score, budget, rule, effect, select_when or When())
+        self.seed, self.name = seed or 0, name
+        self.probe_data, self.probe_loss = probe_data, probe_loss
+        self.selection = self.new_selection()
+        self._owner: Owner | None = None
+        self._probe: TrainerProbe | None = None
+        self._reducer = sync.Reducer()
+        self._window_open = True  # no micro-batch of the next optimizer step has run yet
+        self._seen_step = -1
+        self._seen_epoch = -1
+        self._unchecked: set[Any] = set()  # optimizers that have not stepped since the last switch
+        self._drawn = 0
+        self._rng: list[dict[str, Any]] | None = None
+
+    def __repr__(self) -> str:
+        slots = ", ".join(f"{k}={v!r}" for k, v in vars(self.slots).items())
+        return f"{type(self).__name__}({slots}, seed={self.seed}, name={self.name!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to the present fit, and the ``log`` functions that Lightning puts on callbacks."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("log", "log_dict")}
+        return {**kept, "_owner": None, "_probe": None, "_unchecked": set()}
+
+    @property
+    def label(self) -> str:
+        """Name for messages and logs."""
+        return f"{type(self).__name__}" + (f"[{self.name}]" if self.name else "")
+
+    @property
+    def state_key(self) -> str:
+        """Where checkpoints hold this callback's state."""
+        return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
+
+    @property
+    def history(self) -> History:
+        """Every selection made so far, over resumes as well."""
+        return self.selection.history
+
+    def new_selection(self) -> Selection:
+        """A selection with these slots that has seen nothing yet."""
+        return Selection(self.slots, self.seed, self.label)
+
+    # Start ------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses what cannot work, before anything is built on it."""
+        if stage != "fit":
+            return
+        self._seen_epoch = -1  # a fit begins an epoch; a checkpoint may say otherwise
+        checks.strategy(trainer, self.label)
+        checks.neighbours(trainer, self.label)
+        # The finders of learning rate and batch size train in their `on_fit_start`: they must meet what we select.
+        finders = [
+            c
+            for c in trainer.callbacks
+            if {k.__name__ for k in type(c).__mro__} & {"LearningRateFinder", "BatchSizeFinder"}
+        ]
+        if finders:
+            if self.selection.needs_probe and self.selection.mask is None and self.probe_data is None:
+                raise ValueError(
+                    f"`{self.label}` probes the first training batch to make its first selection, but "
+                    f"`{type(finders[0]).__name__}` trains before that, and would train everything: give `probe_data`."
+                )
+            ours = [c for c in trainer.callbacks if isinstance(c, SelectiveTuning)]
+            trainer.callbacks = ours + [c for c in trainer.callbacks if c not in ours]
+        if trainer.world_size > 1:
+            pl_module._ddp_params_and_buffers_to_ignore = sync.IgnoredNames(pl_module)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Finds the units, takes over the param groups and applies the saved or the first selection."""
+        self._owner = Owner.of(trainer.optimizers)
+        with self._owner.thawed():  # another selection on this run may have frozen its share already
+            bound = self.selection.bind(pl_module)
+        checks.compiled(pl_module, bound, checks.changes(self.slots), self.label)
+        checks.checkpointing(pl_module, bound, self.label)
+        checks.buffers(bound, self.label)
+        sync.agree(f"the configuration of `{self.label}`", self.selection.describe())
+        if trainer.world_size > 1:
+            sync.take_over(trainer.strategy.model, [p for p in pl_module.parameters() if p.requires_grad])
+        self.slots.effect.open(self._owner, self.state_key, bound)
+        self._probe = TrainerProbe(trainer, pl_module, self.probe_data, self.probe_loss, self._drawn, self.seed)
+        self._window_open, self._seen_step = True, trainer.global_step
+        if self.selection.mask is not None:
+            self._apply(trainer)
+        elif not self.selection.needs_probe or self.probe_data is not None:
+            self._select(trainer)
+            self._drawn = self._probe.drawn
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Restores the random number states of an interrupted run."""
+        checks.loader(trainer, self.label)
+        self._seen_step = trainer.global_step
+        if self._rng is not None:
+            if len(self._rng) == trainer.world_size:
+                randomness.restore(self._rng[trainer.global_rank])
+            else:
+                warnings.warn(
+                    f"`{self.label}` resumes a run of {len(self._rng)} processes on {trainer.world_size}: the "
+                    "selection goes on, but dropout and shuffling draw other numbers.",
+                    stacklevel=2,
+                )
+            self._rng = None
+
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Before the first micro-batch of a window: updates the score, selects anew, switches."""
+        if self._owner is not None and trainer.world_size > 1:
+            sync.hold_back(trainer.strategy.model, fresh=self._window_open)
+        if not self._window_open or self._owner is None:
+            return
+        assert self._probe is not None
+        self._probe.current = batch
+        self._select(trainer)
+        self._seen_epoch = trainer.current_epoch
+        self._probe.current = None
+        self._drawn = self._probe.drawn
+        self._window_open = False
+
+    def _select(self, trainer: Any) -> None:
+        needs_total = getattr(self.slots.budget, "finish", 0) is None
+        total = int(trainer.estimated_stepping_batches) if needs_total else None
+        fresh = trainer.current_epoch != self._seen_epoch
+        if self.selection.advance(trainer.current_epoch, fresh, total, self._probe):
+            self._apply(trainer)
+
+    def _apply(self, trainer: Any) -> None:
+        assert self._owner is not None
+        assert self.selection.mask is not None
+        self.slots.effect.apply(self._owner, self.state_key, self.selection.bound, self.selection.mask)
+        checks.idle(trainer, self._owner, self.label)
+        self._unchecked = set(trainer.optimizers)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """After the last micro-batch of a window: averages the gradients, before anything is decided by them."""
+        if trainer.world_size == 1 or not self._leads:
+            return
+        if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+            return
+        assert self._owner is not None
+        self._reducer.reduce(list(self._owner.training()))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """At the first step after a switch: the selected units must have had gradients."""
+        if optimizer not in self._unchecked or self._owner is None or checks.skipped(optimizer):
+            return
+        self._unchecked.discard(optimizer)
+        assert self.selection.mask is not None
+        without = list(checks.gradients(self._owner, optimizer, self.selection.bound, self.selection.mask, self.label))
+        if without and self.selection.count == 1:
+            warnings.warn(
+                f"`{self.label}` trains units of which some parameters got no gradient, such as "
+                f"{', '.join(without[:3])}: the loss does not depend on them (an expert that saw no token, say).",
+                stacklevel=2,
+            )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After an optimizer step: frees the gradients, counts the step, logs what is selected."""
+        if self._owner is None or trainer.global_step == self._seen_step:
+            return
+        self._seen_step = trainer.global_step
+        self.selection.step += 1
+        self._window_open = True
+        if self._leads and pl_module.automatic_optimization:  # Lightning would keep them through the next forward pass
+            for p in self._owner.training():
+                p.grad = None
+        pl_module.log_dict({f"{self.label}/{k}": v for k, v in self.selection.metrics().items()})
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this callback does what is to be done once for all selections on the run."""
+        return self._owner is not None and next(iter(self._owner.claims), None) == self.state_key
+
+    # End --------------------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leaves the model and the optimizers as they were found."""
+        self._release(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leaves the model and the optimizers as they were found; a checkpoint can still be written."""
+        self._release(pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leaves the model as it was found if the fit never started."""
+        if stage == "fit":
+            self._release(pl_module)
+
+    def _release(self, pl_module: Any) -> None:
+        pl_module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+        if self._owner is not None:
+            self.slots.effect.close(self._owner, self.state_key)
+        self._owner = self._probe = self._rng = None
+        self._unchecked = set()
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The selection, its scores, draws and history, as plain data and CPU tensors."""
+        return {"selection": self.selection.state_dict(), "drawn": self._drawn, "epoch": self._seen_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a saved selection, also in the middle of a fit (the learning-rate finder does that)."""
+        self.selection.load_state_dict(state_dict["selection"])
+        self._drawn, self._seen_epoch = int(state_dict["drawn"]), int(state_dict["epoch"])
+        if self._owner is not None and self.selection.mask is not None:
+            self.slots.effect.apply(self._owner, self.state_key, self.selection.bound, self.selection.mask)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds every rank's random number states; called on all ranks, as Lightning saves."""
+        checkpoint["callbacks"][self.state_key]["rng"] = sync.gather(randomness.capture())
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keeps the saved random number states until the training starts."""
+        self._rng = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("rng")
