@@ -1,0 +1,230 @@
+"""``apportion-estimate``: the peak memory of a fine-tuning run by part, told before it is run.
+
+apportion-estimate --model llama-2-7b --method lisa --precision bf16-true --batch 1 --length 1024 --checkpointing
+apportion-estimate --model mistral-7b --table --precision bf16-true --length 2048 --checkpointing
+apportion-estimate --model llama-2-7b --method lisa --set train_embeddings=false --set active_layers=4 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from apportion.estimate import OPTIMIZERS, Estimate, estimate
+from apportion.fake import PRECISIONS
+from apportion.ledger import Parts
+from apportion.recipes.shapes import Shape, config_of, names
+
+# Method to preset class; those on adapters come with LoRA.
+PRESETS = {"lisa": "LISA", "ist": "IST", "rst": "RST", "hft": "HFT", "badam": "BAdam", "owlore": "OwLore"}
+METHODS = ("full", "lora", *PRESETS)
+TABLE = ("full", "lora", "lisa", "ist", "badam", "hft")
+_ON_ADAPTERS = ("lora", "ist", "rst")
+_SCANS = ("mamba", "mamba2", "falcon_mamba")  # without its CUDA kernels transformers loops over positions
+_DEPTHS = (4, 8)
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Request:
+    """One estimate to make, as the command line asks for it."""
+
+    config: Any
+    method: str = "full"
+    settings: tuple[tuple[str, Any], ...] = ()
+    batch: int = 1
+    length: int = 1024
+    precision: str = "bf16-true"
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    lora_rank: int = 32
+    lora_targets: tuple[str, ...] = ()
+
+    def run(self) -> Estimate:
+        """The estimate; of a state-space model, from two small depths."""
+        if getattr(self.config, "model_type", "") in _SCANS:
+            return self._extrapolated()
+        return self._at(self.config)
+
+    def _at(self, config: Any) -> Estimate:
+        shape = Shape(config, self.lora_rank if self.method in _ON_ADAPTERS else 0, self.lora_targets)
+        method = preset(self.method, dict(self.settings)) if self.method in PRESETS else "full"
+        result = estimate(
+            shape.build,
+            shape.batch(self.batch, self.length),
+            method=method,
+            optimizer=self.optimizer,
+            precision=self.precision,
+            checkpointing=self.checkpointing,
+        )
+        said = result.assumptions
+        if shape.experts:
+            said += (f"experts multiplied by {shape.experts}: every token goes to its experts, none is dropped",)
+        if shape.lora_rank:
+            said += (
+                f"LoRA of rank {shape.lora_rank} on {', '.join(self.lora_targets) or 'all linear maps but the head'}",
+            )
+        return replace(result, assumptions=said)
+
+    def _extrapolated(self) -> Estimate:
+        depth = self.config.num_hidden_layers
+        low, high = (self._at(type(self.config)(**{**self.config.to_dict(), "num_hidden_layers": n})) for n in _DEPTHS)
+
+        def line(name: str) -> int:
+            a, b = getattr(low, name), getattr(high, name)
+            return int(a + (b - a) * (depth - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0]))
+
+        numbers = {name: line(name) for name in (*Parts.__dataclass_fields__, "parameters", "trainable")}
+        said = (
+            f"EXTRAPOLATED: linear in depth from {_DEPTHS[0]} and {_DEPTHS[1]} layers to {depth}, and with the scan as "
+            "a loop over positions; the fused CUDA scan keeps less",
+        )
+        return replace(
+            high, **numbers, selected=(), assumptions=said + high.assumptions, seconds=low.seconds + high.seconds
+        )
+
+
+def preset(name: str, settings: dict[str, Any]) -> Any:
+    """The preset of a method by its name on the command line, with ``--set`` applied.
+
+    Raises:
+        ValueError: If the preset has no such setting.
+    """
+    from apportion import callbacks
+
+    cls: Callable[..., Any] = getattr(callbacks, PRESETS[name])
+    known = [key for key in inspect.signature(cls).parameters if key not in ("name", "probe_data", "probe_loss")]
+    wrong = [key for key in settings if key not in known]
+    if wrong:
+        raise ValueError(f"`--set {wrong[0]}=...`: {PRESETS[name]} has no such setting; it has {', '.join(known)}.")
+    return cls(**settings)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    try:
+        return key, json.loads(value.lower() if value in ("True", "False") else value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="apportion-estimate", description=(__doc__ or "").split("\n")[0])
+    add = made.add_argument
+    add("--model", required=True, help=f"one of {', '.join(names())}; or a local folder or file with a config.json")
+    add("--method", default="full", help=f"one of {', '.join(METHODS)}; or 'table' for {', '.join(TABLE)} side by side")
+    add("--table", action="store_true", help="the same as --method table")
+    add("--set", action="append", type=_setting, default=[], metavar="NAME=VALUE", help="a setting of the method")
+    add("--precision", default="bf16-true", choices=list(PRECISIONS))
+    add("--optimizer", default="adamw", choices=list(OPTIMIZERS), help="adamw is the loop form")
+    add("--batch", type=_count, default=1, help="rows of a batch")
+    add("--length", type=_count, default=1024, help="tokens of a row (text models)")
+    add("--checkpointing", action="store_true", help="activation checkpointing, non-reentrant")
+    add("--lora-rank", type=_count, default=32, help=f"for {', '.join(_ON_ADAPTERS)}")
+    add("--lora-targets", default="", help="names of linear maps, comma-separated; all but the head by default")
+    add("--json", action="store_true", help="print JSON, in bytes")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``apportion-estimate``."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.logging.set_verbosity_error()
+    made = parser()
+    options = made.parse_args(arguments)
+    chosen = list(TABLE) if options.table or options.method == "table" else [options.method]
+    if chosen[0] not in METHODS:
+        made.error(f"`--method {options.method}` must be one of {', '.join(METHODS)}, table.")
+    if options.set and (len(chosen) > 1 or chosen[0] not in PRESETS):
+        made.error(f"`--set` needs one `--method` that has settings: {', '.join(PRESETS)}.")
+    try:
+        results = _estimates(options, chosen)
+    except ValueError as error:
+        made.error(str(error))
+    rows = [_row(options, method, result) for method, result in results.items()]
+    if options.json:
+        sys.stdout.write(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2) + "\n")
+    else:
+        _show(rows, options)
+    return 0
+
+
+def _estimates(options: argparse.Namespace, methods: Sequence[str]) -> dict[str, Estimate]:
+    request = Request(
+        config_of(options.model),
+        settings=tuple(options.set),
+        batch=options.batch,
+        length=options.length,
+        precision=options.precision,
+        optimizer=options.optimizer,
+        checkpointing=options.checkpointing,
+        lora_rank=options.lora_rank,
+        lora_targets=tuple(name for name in options.lora_targets.split(",") if name),
+    )
+    results = {}
+    with Console(stderr=True).status("") as status:
+        for i, method in enumerate(methods, 1):
+            status.update(f"{options.model}, {method} ({i} of {len(methods)}) ...")
+            results[method] = replace(request, method=method).run()
+    return results
+
+
+def _row(options: argparse.Namespace, method: str, result: Estimate) -> dict[str, Any]:
+    asked = {name: getattr(options, name) for name in ("model", "precision", "batch", "length", "checkpointing")}
+    return {
+        "method": method,
+        **asked,
+        "optimizer_form": options.optimizer,
+        "settings": dict(options.set),
+        **result.as_dict(),
+        "parameters": result.parameters,
+        "trainable": result.trainable,
+        "selected": list(result.selected),
+        "assumptions": list(result.assumptions),
+        "seconds": round(result.seconds, 2),
+    }
+
+
+def _show(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    console = Console()
+    title = f"{options.model}, {options.precision}, batch {options.batch} x {options.length}"
+    console.print(f"[bold]{title}[/bold]: GiB at the peak", highlight=False)
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("part")
+    for row in rows:
+        table.add_column(row["method"], justify="right")
+    for name in [*Parts.__dataclass_fields__, "peak"]:
+        table.add_row(name, *(f"{row[name] / _GIB:.2f}" for row in rows), style="bold" if name == "peak" else None)
+    table.add_row("entries, M", *(f"{row['parameters'] / 1e6:,.0f}" for row in rows))
+    table.add_row("training at a step, M", *(f"{row['trainable'] / 1e6:,.1f}" for row in rows))
+    console.print(table)
+    console.print("Offloaded state is held by the CPU and is not in the peak. Taken for granted:", highlight=False)
+    for line in dict.fromkeys(line for row in rows for line in row["assumptions"]):
+        console.print(f"  - {line}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

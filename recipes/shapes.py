@@ -1,0 +1,112 @@
+"""Models by shape: a name of ``conf/shapes`` or a Hugging Face config on disk, to a model and a batch without data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+_SHAPES = files("apportion.conf") / "shapes"
+# How the class of a checkpoint ends, to the automatic class that builds it.
+_TASKS = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+}
+
+
+def names() -> list[str]:
+    """The shapes that come with the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in _SHAPES.iterdir() if path.name.endswith(".yaml"))
+
+
+def config_of(model: str) -> Any:
+    """The transformers configuration of a shape by name, or of a local folder or ``config.json``.
+
+    Raises:
+        ValueError: If ``model`` is neither.
+    """
+    from transformers import AutoConfig
+
+    if model in names():
+        fields = OmegaConf.to_container(OmegaConf.create((_SHAPES / f"{model}.yaml").read_text()))
+        assert isinstance(fields, dict)
+        return AutoConfig.for_model(**{str(key): value for key, value in fields.items()})
+    path = Path(model)
+    if path.is_file() or (path / "config.json").is_file():
+        return AutoConfig.from_pretrained(str(path), local_files_only=True)
+    raise ValueError(
+        f"`--model {model}` is neither a shape ({', '.join(names())}) nor a local folder or file with a "
+        "Hugging Face config."
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model family's configuration, and how to build a model and a batch of it.
+
+    Args:
+        config: The transformers configuration.
+        lora_rank: Rank of LoRA adapters on the linear maps, or 0 for none.
+        lora_targets: Names of the linear maps that get adapters; empty for all but the head.
+    """
+
+    config: Any
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+
+    @property
+    def task(self) -> str:
+        """The automatic class of transformers that builds the model."""
+        architecture = (getattr(self.config, "architectures", None) or ["ForCausalLM"])[0]
+        return next((auto for end, auto in _TASKS.items() if architecture.endswith(end)), "AutoModelForCausalLM")
+
+    @property
+    def experts(self) -> str | None:
+        """How experts are multiplied: grouped, as a loop over experts would read how many tokens each has got."""
+        counts = ("num_local_experts", "num_experts", "n_routed_experts")
+        return "grouped_mm" if any(getattr(self.config, name, None) for name in counts) else None
+
+    def build(self) -> nn.Module:
+        """The model, with adapters if there is a rank."""
+        import transformers
+
+        options = {"experts_implementation": self.experts} if self.experts else {}
+        model = getattr(transformers, self.task).from_config(self.config, **options)
+        return self._adapted(model) if self.lora_rank else model  # type: ignore[no-any-return]
+
+    def _adapted(self, model: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        targets: str | list[str] = list(self.lora_targets) or "all-linear"
+        head = ["classifier"] if self.task.endswith("Classification") else None
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=self.lora_rank,
+                lora_alpha=2 * self.lora_rank,
+                target_modules=targets,
+                modules_to_save=head,
+                exclude_modules=head,
+            ),
+        )
+
+    def batch(self, size: int, length: int) -> dict[str, Tensor]:
+        """A batch of ``size`` rows of ``length`` tokens (int64), or of images of the configured size (float32)."""
+        if self.task == "AutoModelForImageClassification":
+            side = self.config.image_size
+            pixels = torch.zeros(size, getattr(self.config, "num_channels", 3), side, side)
+            return {"pixel_values": pixels, "labels": torch.zeros(size, dtype=torch.int64)}
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest is not None and length > longest:
+            raise ValueError(f"`--length {length}` must lie in [1, {longest}], the positions of this model.")
+        tokens = torch.zeros(size, length, dtype=torch.int64)
+        if self.task == "AutoModelForSequenceClassification":
+            return {"input_ids": tokens, "labels": torch.zeros(size, dtype=torch.int64)}
+        return {"input_ids": tokens, "labels": tokens}
