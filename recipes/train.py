@@ -1,0 +1,169 @@
+"""``apportion-train``: fine-tunes one transformers model as its Hydra config says.
+
+The run folder keeps ``.hydra/config.yaml``, ``metrics.json``, one ``history/<callback>.json`` per selection, the
+logger's files and ``checkpoints/``. The return value is the objective of a sweep.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+
+def train(cfg: DictConfig) -> float:
+    """Trains, validates and tests once, and writes what came out into the run folder.
+
+    Args:
+        cfg: The composed config of ``conf/train.yaml``.
+
+    Returns:
+        The metric named by ``cfg.objective``, or the model's own.
+
+    Raises:
+        ValueError: If a callback's config has no ``_target_``, or the objective was not logged.
+    """
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    data = instantiate(cfg.data, _convert_="all")
+    module = instantiate(cfg.model, _convert_="all")
+    callbacks = pieces(cfg.get("callbacks"), "callbacks")
+    saver = pieces({"checkpoint": cfg.checkpoint} if cfg.get("checkpoint") else None, "checkpoint")
+    loggers = pieces(cfg.get("logger"), "logger")
+    trainer: pl.Trainer = instantiate(
+        cfg.trainer,
+        callbacks=[*callbacks.values(), *saver.values()],
+        logger=list(loggers.values()) or False,
+        enable_checkpointing=bool(saver),
+        _convert_="all",
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    started = time.perf_counter()
+    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
+    seconds = time.perf_counter() - started
+    metrics = evaluate(trainer, module, data, cfg.test)
+    objective = score(metrics, cfg.objective or module.objective)
+    if trainer.is_global_zero:
+        write(folder / "metrics.json", {"metrics": metrics, "objective": objective, **facts(trainer, module, seconds)})
+        for name, callback in callbacks.items():
+            save_history(folder / "history" / f"{name}.json", callback)
+        show(metrics, folder)
+    return objective
+
+
+def evaluate(
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, test: bool
+) -> dict[str, float]:
+    """Metrics of the weights of the last step: the fit may have ended between two validations."""
+    metrics = dict(trainer.callback_metrics)
+    trainer.validate(module, datamodule=data, verbose=False)
+    metrics |= trainer.callback_metrics
+    if test:
+        trainer.test(module, datamodule=data, verbose=False)
+        metrics |= trainer.callback_metrics
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def pieces(config: Mapping[str, Any] | None, group: str) -> dict[str, Any]:
+    """Makes every entry of a group of callbacks or loggers; entries set to null are left out.
+
+    Args:
+        config: Names to configs with a ``_target_``.
+        group: Name of the group, for the error.
+
+    Raises:
+        ValueError: If an entry has no ``_target_``.
+    """
+    made: dict[str, Any] = {}
+    for name, entry in (config or {}).items():
+        if entry is None:
+            continue
+        if not isinstance(entry, Mapping | DictConfig) or "_target_" not in entry:
+            raise ValueError(
+                f"`{group}.{name}` has no `_target_`: a file of the group `{group}` holds one top key with a node "
+                "under it, such as `lisa: {_target_: apportion.callbacks.LISA}`."
+            )
+        made[name] = instantiate(entry, _convert_="all")
+    return made
+
+
+def score(metrics: Mapping[str, float], objective: str) -> float:
+    """The objective among the metrics.
+
+    Raises:
+        ValueError: If no such metric was logged.
+    """
+    if objective not in metrics:
+        raise ValueError(f"`objective={objective}` was not logged; choose one of {sorted(metrics)}.")
+    return float(metrics[objective])
+
+
+def facts(trainer: pl.Trainer, module: nn.Module, seconds: float) -> dict[str, Any]:
+    """Counts and times that belong beside the metrics; ``seconds`` is the whole fit with its validation."""
+    return {
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "seconds": round(seconds, 3),
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "trainable": sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
+    }
+
+
+def save_history(path: Path, callback: Any) -> None:
+    """Writes which units were selected from which step on, for callbacks that select."""
+    history = getattr(callback, "history", None)
+    if history is None:
+        return
+    write(path, {"names": list(history.names), "steps": list(history.steps), "masks": history.masks.int().tolist()})
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON that every reader accepts: what is not a finite number becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(metrics: Mapping[str, float], folder: Path) -> None:
+    """Prints the metrics and the folder."""
+    table = Table("metric", "value")
+    for name in sorted(metrics):
+        table.add_row(name, f"{metrics[name]:.4g}")
+    console = Console()
+    console.print(table)
+    console.print(f"run folder: {folder}", soft_wrap=True)
+
+
+def _since_1_4() -> bool:
+    major, minor = hydra.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (1, 4)
+
+
+# Hydra 1.4 warns when a version base is given; 1.3 changes the working directory when none is.
+main = hydra.main(
+    config_path="pkg://apportion.conf", config_name="train", **({} if _since_1_4() else {"version_base": "1.3"})
+)(train)
+
+
+if __name__ == "__main__":
+    main()
