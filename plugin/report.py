@@ -1,0 +1,214 @@
+"""Pictures and one HTML page of a run or a sweep: what was trained when, the memory by part, and the table of results.
+
+Everything here takes plain data and writes files. The figures use colours that colour-blind readers tell apart (Okabe
+and Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, Protocol
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from apportion.comparison import Row
+
+PARTS = {
+    "weights": "#999999",
+    "gradients": "#E69F00",
+    "optimizer": "#0072B2",
+    "activations": "#009E73",
+    "temporaries": "#CC79A7",
+}
+"""The parts of the memory in the order in which they are stacked, and their colours."""
+
+MIB = 2**20
+_COLUMNS = ("peak", *PARTS, "offloaded")
+HEADINGS = ("method", "accuracy (%)", "peak (MiB)", *_COLUMNS[1:], "ms per step")
+"""What stands over the columns of the table."""
+
+_TRAINED = LinearSegmentedColormap.from_list("trained", ["#F2F2F2", "#56B4E9", "#003F66"])
+_SIZE = 9.5
+
+
+class HistoryLike(Protocol):
+    """What was selected when: steps (h of them), masks (bool, shape (h, n)) and n unit names."""
+
+    @property
+    def steps(self) -> Sequence[int]: ...
+    @property
+    def masks(self) -> Tensor: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+
+
+def shares(history: HistoryLike, total_steps: int) -> tuple[list[str], np.ndarray]:
+    """How much of each layer was selected at each step.
+
+    A unit belongs to the layer that its name holds up to the first component that is a number (``encoder.layer.3``); a
+    unit without one is a row of its own. The value is the share of the layer's units that were selected.
+
+    Args:
+        history: Selections; each holds until the next one.
+        total_steps: Optimizer steps of the run.
+
+    Returns:
+        Names of the rows and the shares, float64, shape (layers, total_steps), NaN before the first selection.
+    """
+    owners = [_layer(name) for name in history.names]
+    layers = list(dict.fromkeys(owners))
+    member = np.array([[owner == layer for owner in owners] for layer in layers], dtype=np.float64)
+    chosen = np.asarray(history.masks.numpy(), dtype=np.float64) @ (member / member.sum(1, keepdims=True)).T
+    last = np.searchsorted(np.asarray(history.steps), np.arange(total_steps), side="right") - 1
+    return layers, np.where(last >= 0, chosen[last].T, np.nan)
+
+
+def _layer(name: str) -> str:
+    parts = name.split(".")
+    number = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: number + 1])
+
+
+def selection_heatmap(
+    histories: Mapping[str, HistoryLike], total_steps: int, path: str | Path, title: str = ""
+) -> Path:
+    """Draws which layers were trained when, one panel per run, and beside it the share of the steps of each layer.
+
+    Args:
+        histories: Selections by title of the panel.
+        total_steps: Optimizer steps of the runs.
+        path: Where the picture goes; the suffix says the format.
+        title: Above all panels.
+
+    Returns:
+        ``path``.
+    """
+    figure = Figure(figsize=(7.0, 0.9 + 1.55 * len(histories)), layout="constrained", dpi=160)
+    axes = figure.subplots(len(histories), 2, sharex="col", squeeze=False, width_ratios=(6, 1))
+    image = None
+    for (name, history), (when, much) in zip(histories.items(), axes, strict=True):
+        layers, grid = shares(history, total_steps)
+        rows = range(len(layers))
+        image = when.imshow(
+            grid, aspect="auto", interpolation="nearest", origin="lower", vmin=0, vmax=1, cmap=_TRAINED,
+            extent=(0, total_steps, -0.5, len(layers) - 0.5),
+        )  # fmt: skip
+        when.set_title(name, loc="left", fontsize=10.5, fontweight="bold")
+        when.set_ylabel("layer", fontsize=_SIZE)
+        when.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        much.barh(rows, 100 * np.nanmean(grid, axis=1), color="#0072B2", height=0.8)
+        much.set(ylim=(-0.5, len(layers) - 0.5), xlim=(0, 100), yticks=[])
+        for side in ("top", "right"):
+            much.spines[side].set_visible(False)
+    axes[-1, 0].set_xlabel("optimizer step", fontsize=_SIZE)
+    axes[-1, 1].set_xlabel("% of steps", fontsize=_SIZE)
+    if image is not None:
+        scale = figure.colorbar(image, ax=axes[:, 0], location="top", fraction=0.02, pad=0.01, aspect=60)
+        scale.set_label("share of the layer's units that are trained", size=_SIZE)
+    figure.suptitle(title, fontsize=12)
+    return _save(figure, path)
+
+
+def memory_timeline(timelines: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path, title: str = "") -> Path:
+    """Draws the memory by part over the steps, stacked, one panel per run with one scale for all.
+
+    Args:
+        timelines: By title of the panel, one point per step, in order: ``step``, and bytes by part.
+        path: Where the picture goes; the suffix says the format.
+        title: Above all panels.
+
+    Returns:
+        ``path``.
+    """
+    columns = 2 if len(timelines) > 1 else 1
+    lines = math.ceil(len(timelines) / columns)
+    figure = Figure(figsize=(7.0, 1.2 + 1.65 * lines), layout="constrained", dpi=160)
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for panel in axes.flat[len(timelines) :]:
+        panel.set_visible(False)
+    for at, ((name, points), panel) in enumerate(zip(timelines.items(), axes.flat, strict=False)):
+        held = [*points, {**points[-1], "step": points[-1]["step"] + 1}]  # the last step has a width as well
+        steps = [point["step"] for point in held]
+        layers = [[point.get(part, 0) / MIB for point in held] for part in PARTS]
+        panel.stackplot(steps, layers, colors=PARTS.values(), labels=PARTS, linewidth=0, step="post")
+        peak = max(sum(column) for column in zip(*layers, strict=True))
+        panel.axhline(peak, color="black", linewidth=0.8, linestyle="--")
+        panel.set_title(f"{name}: peak {peak:.1f} MiB", loc="left", fontsize=10)
+        panel.margins(x=0)
+        if at % columns == 0:
+            panel.set_ylabel("memory (MiB)", fontsize=_SIZE)
+        if at + columns >= len(timelines):  # the lowest of its column
+            panel.set_xlabel("optimizer step", fontsize=_SIZE)
+            panel.tick_params(labelbottom=True)
+            panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    box: dict[str, Any] = {"loc": "outside upper center", "ncols": len(PARTS), "frameon": False}
+    figure.legend(handles, labels, title=title or None, fontsize=_SIZE, title_fontsize=12, **box)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def cells(row: Row) -> list[tuple[str, float | None]]:
+    """The cells of a row after the name: text and the number to sort by."""
+    made: list[tuple[str, float | None]] = [(f"{100 * row.mean:.1f} ± {100 * row.spread:.1f}", row.mean)]
+    if len(row.accuracies) == 1:
+        made = [(f"{100 * row.mean:.1f}", row.mean)]
+    for part in _COLUMNS:
+        size = row.memory.get(part)
+        made.append(("-" if size is None else f"{size / MIB:.2f}", None if size is None else float(size)))
+    made.append(("-" if row.seconds is None else f"{1000 * row.seconds:.1f}", row.seconds))
+    return made
+
+
+def html_page(
+    rows: Sequence[Row], figures: Mapping[str, str | Path], path: str | Path, title: str, notes: Sequence[str] = ()
+) -> Path:
+    """Writes one page that needs nothing else: table, notes, and the pictures inside it.
+
+    Args:
+        rows: The table; a click on a heading sorts it.
+        figures: PNG files by caption.
+        path: Where the page goes.
+        title: Heading of the page.
+        notes: Paragraphs under the table, plain text.
+
+    Returns:
+        ``path``.
+    """
+    body = []
+    for row in rows:
+        numbers = "".join(
+            f'<td data-value="{"" if value is None else value}">{text}</td>' for text, value in cells(row)
+        )
+        body.append(f'<tr><th scope="row">{html.escape(row.name)}</th>{numbers}</tr>')
+    pictures = []
+    for caption, file in figures.items():
+        data = base64.b64encode(Path(file).read_bytes()).decode()
+        text = html.escape(caption)
+        image = f'<div><img alt="{text}" src="data:image/png;base64,{data}"></div>'
+        pictures.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+    page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(title),
+        head="".join(f'<th scope="col"><button type="button">{text}</button></th>' for text in HEADINGS),
+        rows="\n".join(body),
+        notes="\n".join(f"<p>{html.escape(note)}</p>" for note in notes),
+        figures="\n".join(pictures),
+    )
+    path = Path(path)
+    path.write_text(page, encoding="utf-8")
+    return path
