@@ -43,16 +43,17 @@ class Curious(Uniform):
 
 
 class Measured(Task):  # type: ignore[misc, valid-type]
-    """With a metric, a batch norm, and a part that stays in eval mode."""
+    """With a metric, a batch norm, a part that stays in eval mode, a buffer that counts, and noise of its own."""
 
     def __init__(self) -> None:
         super().__init__(Net(dropout=0.3, batch_norm=True))
         self.metric = torchmetrics.MeanMetric()
         self.net.layers[0].dropout.eval()
-        self.trace: list[Any] = []
+        self.register_buffer("calls", torch.zeros(()))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = self.loss(batch)
+        self.calls += 1
+        loss = self.loss(batch) * (1 + 0.1 * torch.rand(()))
         self.metric(loss.detach())
         self.log("loss", loss)
         self.log_dict({"twice": 2 * loss})
