@@ -95,7 +95,8 @@ def train(
     """One fit, alone or as a rank: ``joined`` processes' batches in one, in one process."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     torch.manual_seed(seed)  # differing seeds must not matter: rank 0's weights count
-    module = globals()[task]((model or net)(name), OPTIMIZERS[optimizer])
+    make = globals()[model] if isinstance(model, str) else model or net  # ranks import this file under another name
+    module = globals()[task](make(name), OPTIMIZERS[optimizer])
     driver = None if plain else METHODS[name]()
     more = {"strategy": "ddp", "devices": world} if world > 1 else {"devices": 1}
     run = trainer(
@@ -384,7 +385,7 @@ def with_batch_norm(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_running_statistics_are_those_of_plain_ddp(accumulate: int) -> None:
-    options = {"model": with_batch_norm, "accumulate": accumulate}
+    options = {"model": "with_batch_norm", "accumulate": accumulate}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = ranks(2).run(train_as_rank, "full", options)
@@ -464,7 +465,7 @@ def experts(name: str) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:`LISA` trains units of which some parameters got no gradient")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_gradient_on_one_rank_only_counts_and_one_on_no_rank_moves_nothing(accumulate: int) -> None:
-    options = {"task": "Routed", "model": experts, "accumulate": accumulate}
+    options = {"task": "Routed", "model": "experts", "accumulate": accumulate}
     found = ranks(2).run(train_as_rank, "lisa", options)
     expected = train("lisa", joined=2, **options)
     assert_equal(found[1], found[0])
