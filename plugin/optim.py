@@ -20,7 +20,7 @@ class Selective(Optimizer):
 
     The wrapper owns no state: param groups and optimizer state are the wrapped optimizer's, so schedulers and gradient
     scalers take it as they take any optimizer. Gradients are averaged over the ranks of a process group, if there is
-    one.
+    one. A step that a gradient scaler skips is no step here; the callback counts it, as Lightning does.
 
     Args:
         optimizer: The optimizer, over every parameter that may ever train.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from apportion import eligible
 from apportion.master import Master, full_precision_copy
 from apportion.positions import spread_out, take_in
 
@@ -66,26 +67,7 @@ class Owner:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        for optimizer in optimizers:
-            if hasattr(optimizer, "_params"):
-                raise ValueError(
-                    f"`{type(optimizer).__name__}` keeps its own list of parameters from the start, so nothing can be "
-                    "taken out of it or brought back: use an optimizer with one state per parameter, such as AdamW, "
-                    "SGD, Adafactor or Muon."
-                )
-            if isinstance(optimizer, torch.optim.SGD) and any(
-                g["fused"] and g["momentum"] for g in optimizer.param_groups
-            ):
-                raise ValueError(
-                    "`SGD(fused=True)` with momentum cannot step parameters that come back together with those that "
-                    "stayed: use `foreach=True`, or leave `fused` out."
-                )
-        held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-        if len(held) > len(set(held)):
-            raise ValueError(
-                f"{len(held) - len(set(held))} parameters are held by more than one optimizer, each with state of its "
-                "own for them: give every parameter to one optimizer."
-            )
+        eligible.check(optimizers)
         self.optimizers = list(optimizers)
         self.claims: dict[str, Claim] = {}
         self.full: list[list[list[nn.Parameter]]] = [
@@ -131,12 +113,7 @@ class Owner:
                 "parameters that may ever train (in `configure_optimizers`, before anything is frozen), or exclude "
                 "these from the units."
             )
-        made_once = next((o for o in self.optimizers if any(_made_at_construction(s) for s in o.state.values())), None)
-        if state == "drop" and made_once is not None:
-            raise ValueError(
-                f"`{type(made_once).__name__}` makes its state once, at construction, so it cannot be dropped: use "
-                "`Freeze(state='keep' or 'offload')`, or an optimizer such as AdamW."
-            )
+        eligible.check_state(self.optimizers, state)
         for other, claim in self.claims.items():
             shared = [name for name, p in covered.items() if p in claim.covered]
             if other != key and shared and (claim.state, claim.master) != (state, master):
@@ -299,10 +276,6 @@ class Owner:
         for p, slot in self.slots.items():
             if slot.master is not None and slot.optimizer is optimizer:
                 slot.master.write_through(p)
-
-
-def _made_at_construction(state: dict[str, Any]) -> bool:
-    return "step" in state and float(state["step"]) == 0.0
 
 
 def _cast(state: dict[str, Any], old: torch.dtype, new: torch.dtype) -> dict[str, Any]:

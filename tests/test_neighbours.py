@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +162,9 @@ def test_an_exponential_average_takes_no_part_in_what_moves() -> None:
 def test_stochastic_weight_averaging_runs_on_top() -> None:
     driver = method()
     witness = Witness(driver)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's own, about its scheduler
-        average = lightning_callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
-        task = Task()
-        fit(task, [driver, average, witness], steps=-1, max_epochs=3)
+    average = lightning_callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+    task = Task()
+    fit(task, [driver, average, witness], steps=-1, max_epochs=3)
     witness.check()
     assert all(p.requires_grad for p in task.parameters())
 
