@@ -187,7 +187,7 @@ class Selection:
         self.prepared = self.step
         if self.mask is not None and not slots.select_when.due(self.step, epoch, fresh):
             return False
-        k = resolve(slots.budget.at(self.step, total), bound.n)
+        k = resolve(slots.budget.at(self.step, total), bound.n, f"`{slots.budget!r}` of `{self.label}`: a budget")
         scores = slots.score.read(self._score)
         mask, self._rule = slots.rule.select(Draw(scores, k, bound, self.draws, self._rule, self.mask))
         if int(mask.sum()) != k:

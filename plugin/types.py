@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -77,7 +78,7 @@ class Bound:
         """Unit names in order, shape (n,)."""
         return tuple(unit.name for unit in self.units)
 
-    @property
+    @cached_property
     def sizes(self) -> Tensor:
         """Entries of each unit, int64, shape (n,)."""
         return torch.tensor([sum(p.numel() for p in unit.params.values()) for unit in self.units], dtype=torch.int64)
@@ -249,7 +250,7 @@ class When:
         return now >= self.begin and (self.end is None or now < self.end) and (now - self.begin) % self.every == 0
 
 
-def resolve(amount: int | float, n: int) -> int:
+def resolve(amount: int | float, n: int, call: str = "A budget") -> int:
     """Number of units that ``amount`` asks for: counts as they are, fractions truncated, at least one unit.
 
         k = amount                      for an int
@@ -258,8 +259,10 @@ def resolve(amount: int | float, n: int) -> int:
     Args:
         amount: A count in [1, n] or a fraction in (0, 1].
         n: Number of units.
+        call: Where the amount comes from, for the error.
 
     Raises:
+        TypeError: If the amount is not a number.
         ValueError: If the count or fraction lies outside its range.
 
     Example:
@@ -267,15 +270,15 @@ def resolve(amount: int | float, n: int) -> int:
         (7, 2, 1)
     """
     if isinstance(amount, bool) or not isinstance(amount, int | float):
-        raise TypeError(f"A budget of {amount!r} is neither a count (int) nor a fraction (float) of units.")
+        raise TypeError(f"{call} of {amount!r} is neither a count (int) nor a fraction (float) of units.")
     if isinstance(amount, int):
         if not 1 <= amount <= n:
             raise ValueError(
-                f"A budget of {amount} over {n} units must lie in [1, {n}]: lower it, or give a fraction (float)."
+                f"{call} of {amount} over {n} units must lie in [1, {n}]: lower it, or give a fraction (float)."
             )
         return amount
     if not 0.0 < amount <= 1.0:
         raise ValueError(
-            f"A budget fraction of {amount} must lie in (0, 1]: give a count (int) to select that many units."
+            f"{call} of the fraction {amount} must lie in (0, 1]: give a count (int) to select that many units."
         )
     return max(1, int(amount * n + 1e-9))  # 0.29 * 100 is 28.999999999999996

@@ -82,7 +82,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_shown(tmp_path: Path, caps
     assert demo.main(["--out", str(tmp_path), "--methods", "lisa", "full", "--seeds", "1", *broken]) == 1
     said = capsys.readouterr().out
     assert "1 of 2 runs failed" in said
-    assert "lisa, seed 1: ValueError: A budget of 2 over 1 units" in said
+    assert "lisa, seed 1: ValueError: `Constant(amount=2)` of `LISA`: a budget of 2 over 1 units" in said
     assert "full tuning" in said
     assert '<th scope="row">full tuning</th>' in (only_folder(tmp_path) / "index.html").read_text("utf-8")
 
