@@ -18,11 +18,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import pytorch_lightning as pl
 import torch
 
 torch.set_num_threads(1)
+# A busy machine must not fail a test: no deadline. The same examples in every run, so that a failure can be repeated.
+hypothesis.settings.register_profile("apportion", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("apportion")
 for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
 
