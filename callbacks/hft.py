@@ -74,13 +74,7 @@ class HFT(SelectiveTuning):
         if round < 0:
             raise ValueError(f"`HFT(round={round})` must be at least 0: it counts rounds.")
         super().__init__(
-            units=Modules(
-                embeddings="train" if train_embeddings else "freeze",
-                head="train" if train_head else "freeze",
-                norm="train" if train_norm else "freeze",
-                pattern=pattern,
-                exclude=exclude,
-            ),
+            units=Modules(train_embeddings, train_head, train_norm, pattern, exclude),
             score=Uniform(),
             budget=Constant(amount),
             rule=Balanced(by=by),

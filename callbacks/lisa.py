@@ -68,13 +68,7 @@ class LISA(SelectiveTuning):
         name: str | None = None,
     ) -> None:
         super().__init__(
-            units=Layers(
-                embeddings="train" if train_embeddings else "freeze",
-                head="train" if train_head else "freeze",
-                norm="train" if train_norm else "freeze",
-                pattern=pattern,
-                exclude=exclude,
-            ),
+            units=Layers(train_embeddings, train_head, train_norm, pattern, exclude),
             score=Uniform(),
             budget=Constant(active_layers),
             rule=Cycle("shuffled") if without_replacement else Sample(),

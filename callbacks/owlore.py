@@ -85,13 +85,7 @@ class OwLore(SelectiveTuning):
         if score not in scores:
             raise ValueError(f"`OwLore(score={score!r})` must be 'outlier', 'norm' or 'uniform'.")
         super().__init__(
-            units=Layers(
-                embeddings="train" if train_embeddings else "freeze",
-                head="train" if train_head else "freeze",
-                norm="train" if train_norm else "freeze",
-                pattern=pattern,
-                exclude=exclude,
-            ),
+            units=Layers(train_embeddings, train_head, train_norm, pattern, exclude),
             score=scores[score],
             budget=Constant(active_layers),
             rule=Sample(floor=floor),

@@ -27,8 +27,8 @@ class Layers:
     belongs to the first.
 
     Args:
-        embeddings: ``train`` them at every step, ``freeze`` them, or make them one more ``unit``, the first. What leads
-            from the input to the first layer counts: tokens, positions, patches, a projection.
+        embeddings: ``train`` them at every step (or True), ``freeze`` them (or False), or make them one more ``unit``,
+            the first. What leads from the input to the first layer counts: tokens, positions, patches, a projection.
         head: The same for what leads from the last layer to the output: language model head, classifier, pooler.
         norm: The same for the norms outside the layers.
         pattern: Regular expression that names the layers instead of the search. It must match the last parts of a
@@ -50,9 +50,9 @@ class Layers:
         (('1', '2'), ('4.weight', '4.bias'), ['3.weight', '3.bias'])
     """
 
-    embeddings: str = "train"
-    head: str = "train"
-    norm: str = "train"
+    embeddings: str | bool = "train"
+    head: str | bool = "train"
+    norm: str | bool = "train"
     pattern: str | None = None
     exclude: str | None = None
     towers: str = "language"
@@ -61,6 +61,9 @@ class Layers:
         kind = type(self).__name__
         for key in ("embeddings", "head", "norm"):
             value = getattr(self, key)
+            if isinstance(value, bool):  # a preset's switch
+                value = "train" if value else "freeze"
+                object.__setattr__(self, key, value)
             if value not in ("train", "freeze", "unit"):
                 raise ValueError(
                     f"`{kind}({key}={value!r})` must be 'train' (at every step), 'freeze' (never) or 'unit' (in turn)."

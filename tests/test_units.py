@@ -593,3 +593,10 @@ def test_the_shipped_configuration_is_the_default(name: str, slot: Layers) -> No
     assert set(plain) == set(vars(slot))
     if name == "modules":
         assert list(plain["categories"].items()) == list(CATEGORIES.items())
+
+
+@pytest.mark.parametrize("slot", [Layers, Modules])
+def test_a_switch_says_whether_what_surrounds_the_layers_trains(slot: type[Layers]) -> None:
+    assert slot(True, False, True) == slot("train", "freeze", "train")
+    with pytest.raises(ValueError, match=r"head=1\)` must be 'train'"):
+        slot(head=1)  # type: ignore[arg-type]
