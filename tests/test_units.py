@@ -408,7 +408,7 @@ def test_a_pattern_without_a_match_is_an_error(slot: Layers, message: str | None
     ("make", "message"),
     [
         (lambda: Layers(embeddings="always"), r"`Layers\(embeddings='always'\)` must be 'train'"),
-        (lambda: Modules(head=True), r"`Modules\(head=True\)` must be"),  # type: ignore[arg-type]
+        (lambda: Modules(head=None), r"`Modules\(head=None\)` must be"),  # type: ignore[arg-type]
         (lambda: Layers(towers="vision"), r"`Layers\(towers='vision'\)` must be 'language' or 'all'"),
         (lambda: Layers(pattern="("), r"`Layers\(pattern='\('\)` is no regular expression"),
         (lambda: Modules(categories={"q": "["}), r"`Modules\(categories=\{'q': '\['\}\)` is no regular expression"),
