@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from apportion import sync
 from apportion.owner import Owner
-from apportion.selection import Slots
+from apportion.selection import Selection, Slots
 from apportion.types import Bound
 
 FIXED_SET = {
@@ -47,20 +48,39 @@ def strategy(trainer: Any, label: str) -> None:
         )
 
 
+def finders(trainer: Any) -> list[Any]:
+    """The callbacks that look for a learning rate or a batch size, by training without the other callbacks."""
+    return [c for c in trainer.callbacks if {"LearningRateFinder", "BatchSizeFinder"} & _kinds(c)]
+
+
+def _kinds(thing: Any) -> set[str]:
+    """Class names, as both Lightning packages have classes of their own under one name."""
+    return {kind.__name__ for kind in type(thing).__mro__}
+
+
 def neighbours(trainer: Any, label: str) -> None:
     """Refuses callbacks that decide about the same things."""
     for callback in trainer.callbacks:
-        kinds = {kind.__name__ for kind in type(callback).__mro__}
-        if "BaseFinetuning" in kinds:
+        if "BaseFinetuning" in _kinds(callback):
             raise ValueError(
                 f"`{label}` and `{type(callback).__name__}` both set `requires_grad` and the param groups, and would "
                 "undo each other: use one of them."
             )
-        if kinds & {"LearningRateFinder", "BatchSizeFinder"} and trainer.world_size > 1:
+        if callback in finders(trainer) and trainer.world_size > 1:
             raise ValueError(
                 f"`{type(callback).__name__}` runs without the other callbacks, so that `{label}` could not average "
                 f"gradients over {trainer.world_size} processes: run it on one process first."
             )
+
+
+def meet(selection: Selection, owner: Owner, module: nn.Module) -> Bound:
+    """Binds ``selection`` to the module as its user left it; refuses what cannot work on it or differs over ranks."""
+    with owner.thawed():  # another selection on this run may have frozen its share already
+        bound = selection.bind(module)
+    compiled(module, bound, changes(selection.slots), selection.label)
+    checkpointing(module, bound, selection.label)
+    sync.agree(f"the configuration of `{selection.label}`", selection.describe())
+    return bound
 
 
 def compiled(module: nn.Module, bound: Bound, changes: bool, label: str) -> None:

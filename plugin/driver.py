@@ -133,11 +133,7 @@ class SelectiveTuning(_Callback):
         checks.strategy(trainer, self.label)
         checks.neighbours(trainer, self.label)
         # The finders of learning rate and batch size train in their `on_fit_start`: they must meet what we select.
-        finders = [
-            c
-            for c in trainer.callbacks
-            if {k.__name__ for k in type(c).__mro__} & {"LearningRateFinder", "BatchSizeFinder"}
-        ]
+        finders = checks.finders(trainer)
         if finders:
             if self.selection.needs_probe and self.selection.mask is None and self.probe_data is None:
                 raise ValueError(
@@ -152,12 +148,8 @@ class SelectiveTuning(_Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Finds the units, takes over the param groups and applies the saved or the first selection."""
         self._owner = Owner.of(trainer.optimizers)
-        with self._owner.thawed():  # another selection on this run may have frozen its share already
-            bound = self.selection.bind(pl_module)
-        checks.compiled(pl_module, bound, checks.changes(self.slots), self.label)
-        checks.checkpointing(pl_module, bound, self.label)
+        bound = checks.meet(self.selection, self._owner, pl_module)
         checks.buffers(bound, self.label)
-        sync.agree(f"the configuration of `{self.label}`", self.selection.describe())
         if trainer.world_size > 1:
             sync.take_over(trainer.strategy.model, [p for p in pl_module.parameters() if p.requires_grad])
         self.slots.effect.open(self._owner, self.state_key, bound)

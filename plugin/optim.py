@@ -69,11 +69,7 @@ class Selective(Optimizer):
         self._share()
         self.selection: Selection = method.new_selection()
         self.owner = Owner.of([optimizer])
-        with self.owner.thawed():
-            bound = self.selection.bind(model)
-        checks.compiled(model, bound, checks.changes(method.slots), self.selection.label)
-        checks.checkpointing(model, bound, self.selection.label)
-        sync.agree(f"the configuration of `{self.selection.label}`", self.selection.describe())
+        bound = checks.meet(self.selection, self.owner, model)
         sync.broadcast(p.data for p in model.parameters())
         self._probe = _probe_of(probe, model) if probe is not None else None
         self._reducer = sync.Reducer()

@@ -46,10 +46,9 @@ class Claim:
 
 @dataclass(eq=False)
 class Slot:
-    """A parameter's place: the optimizer that holds it, the group, and what it has while it does not train."""
+    """A parameter's place: the optimizer that holds it, and what it has while it does not train."""
 
     optimizer: Optimizer
-    group: int
     trains: bool = True
     parked: dict[str, Any] | None = None
     devices: dict[str, torch.device] = field(default_factory=dict)
@@ -77,10 +76,7 @@ class Owner:
             [list(g["param_names"]) if "param_names" in g else None for g in o.param_groups] for o in self.optimizers
         ]
         self.slots: dict[nn.Parameter, Slot] = {
-            p: Slot(o, i)
-            for o, groups in zip(self.optimizers, self.full, strict=True)
-            for i, g in enumerate(groups)
-            for p in g
+            p: Slot(o) for o, groups in zip(self.optimizers, self.full, strict=True) for g in groups for p in g
         }
         self._handles: list[Any] = []
 

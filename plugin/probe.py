@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,6 +186,30 @@ def _blend(base: Any, out: Any, factor: float) -> Any:
     return base + factor * (out - base)
 
 
+def endless(batches: Iterable[Any], error: str) -> Iterator[Any]:
+    """Goes through ``batches`` again and again.
+
+    Args:
+        batches: Gone through from its start each time.
+        error: What to say if a pass gives no batch.
+
+    Raises:
+        ValueError: If a pass gives no batch: it is empty, or can be gone through once only.
+    """
+    met = True
+    while met:
+        met = False
+        for batch in batches:
+            met = True
+            yield batch
+    raise ValueError(error)
+
+
+_NO_BATCH = (
+    "`BatchProbe(batches=...)` has no batch left: give a function, or an iterable that can be gone through again."
+)
+
+
 class BatchProbe:
     """Asks a function for the loss on batches of its own, as `apportion.types.Probe`.
 
@@ -218,7 +243,7 @@ class BatchProbe:
                 "batches."
             )
         self.loss_fn, self.batches, self.module, self.mean = loss_fn, batches, module, mean
-        self._iterator: Iterator[Any] | None = None
+        self._next = batches if callable(batches) else partial(next, endless(batches, _NO_BATCH))
         self._batch: Any = None
         self._fresh = False
 
@@ -229,20 +254,6 @@ class BatchProbe:
             self._batch, self._fresh = self._next(), True
         finally:
             randomness.restore(states)
-
-    def _next(self) -> Any:
-        if callable(self.batches):
-            return self.batches()
-        for _ in range(2):
-            if self._iterator is None:
-                self._iterator = iter(self.batches)
-            for batch in self._iterator:
-                return batch
-            self._iterator = None
-        raise ValueError(
-            "`BatchProbe(batches=...)` has no batch left: give a function, or an iterable that can be gone through "
-            "again."
-        )
 
     def loss(self) -> float:
         """The loss on the present batch in eval mode, float64, averaged over ranks."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from apportion import randomness, sync
-from apportion.probe import BatchProbe
+from apportion.probe import BatchProbe, endless
 
 
 @contextmanager
@@ -36,6 +36,9 @@ _METRIC_CACHE = ("_update_count", "_computed", "_forward_cache", "_cache", "_is_
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``self.log`` during a probe."""
+
+
+_NO_BATCH = "`probe_data` has no batch: give a loader with one at least, or leave it out to probe training batches."
 
 
 class TrainerProbe:
@@ -67,7 +70,7 @@ class TrainerProbe:
         self.trainer, self.module, self.data, self._loss = trainer, module, data, loss or training_step_loss
         self.current: Any = None
         self.drawn, self.seed = 0, seed
-        self._batches: Iterator[Any] | None = None
+        self._batches = endless(data or (), _NO_BATCH)
         self._probe = BatchProbe(self._measure, self._next, module, sync.mean)
         for _ in range(drawn):
             self._draw()
@@ -88,16 +91,9 @@ class TrainerProbe:
 
     def _draw(self) -> Any:
         with randomness.seeded(self.seed + self.drawn):
-            for _ in range(2):
-                if self._batches is None:
-                    self._batches = iter(self.data or ())
-                for batch in self._batches:
-                    self.drawn += 1
-                    return batch
-                self._batches = None
-        raise ValueError(
-            "`probe_data` has no batch: give a loader with one at least, or leave it out to probe training batches."
-        )
+            batch = next(self._batches)
+        self.drawn += 1
+        return batch
 
     def _measure(self, batch: Any) -> Any:
         with muted(self.module), self.trainer.precision_plugin.forward_context():
