@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from apportion.types import resolve
 
 
 def _check(call: str, amount: int | float) -> None:
@@ -114,3 +118,123 @@ class Polynomial:
         if isinstance(self.start, int):
             return int(amount + 1e-9)  # 28.999999999999996 is 29
         return amount
+
+
+@dataclass(frozen=True)
+class Increment:
+    """A count that grows from step to step by whole units until it is reached: B units in T steps.
+
+        even    n(t) = floor((t + 1) B / T)
+        front   n(t) = (t + 1) floor(B / T) + min(t + 1, B mod T)
+        n(t) = B   from t = T - 1 on
+
+    n(t) is how many units are selected once step t, counted from 0, has made its choice. Where B < T, some steps add
+    nothing, and ``even`` begins with none selected: 0 is a legal count here.
+
+    Args:
+        amount: Units in the end, B; an int counts them, a float is a fraction of them, to be made a count by
+            `counted`.
+        form: ``even`` spreads the units over the steps; ``front`` gives what the division leaves to the first ones.
+        finish: Number of steps to grow in, T; None for the optimizer steps of the run.
+
+    Raises:
+        TypeError: If ``amount`` is not a number.
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> [Increment(10, form, finish=4).at(step, None) for form in ("even", "front") for step in range(5)]
+        [2, 5, 7, 10, 10, 3, 6, 8, 10, 10]
+
+    References:
+        Agarwal et al., *Step-by-Step Unmasking for Parameter-Efficient Fine-tuning of Large Language Models*, TACL
+        2025, https://arxiv.org/abs/2408.14470
+    """
+
+    amount: int | float
+    form: str = "even"
+    finish: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(f"Increment(amount={self.amount!r})", self.amount)
+        if self.form not in ("even", "front"):
+            raise ValueError(f"`Increment(form={self.form!r})` must be 'even' or 'front'.")
+        if self.finish is not None and self.finish < 1:
+            raise ValueError(f"`Increment(finish={self.finish!r})` must be at least 1: it is a number of steps.")
+
+    def counted(self, n: int) -> Increment:
+        """The same with the amount as a count of ``n`` units, truncated, at least one; see `resolve`."""
+        return replace(self, amount=resolve(self.amount, n, f"`{self!r}`: a budget"))
+
+    def at(self, step: int, total: int | None) -> int:
+        """The count once optimizer step ``step`` of ``total`` has made its choice.
+
+        Raises:
+            ValueError: If the amount is a fraction, or ``finish`` is None and the length of the run is unknown.
+        """
+        if not isinstance(self.amount, int):
+            raise ValueError(
+                f"`{self!r}` grows by whole units, and a fraction does not say how many: take `counted(n)` for n units."
+            )
+        steps = total if self.finish is None else self.finish
+        if steps is None or steps < 1:
+            raise ValueError(
+                "`Increment(finish=None)` ends with the run, whose number of optimizer steps is unknown: give "
+                "`finish` as a number of steps."
+            )
+        done = min(step + 1, steps)
+        if self.form == "even":
+            return done * self.amount // steps
+        return done * (self.amount // steps) + min(done, self.amount % steps)
+
+
+@dataclass(frozen=True)
+class RankEquivalent:
+    """As many entries of each matrix as its low-rank adapter of a given rank would have.
+
+        k_i = min((m + n) rank, m n)   for a matrix of m rows and n columns
+
+    Tensors of more dimensions are matrices of as many rows as their first dimension; a vector is one column, and trains
+    as a whole.
+
+    Args:
+        rank: Rank of the adapter, at least 1.
+
+    Raises:
+        ValueError: If ``rank`` is below 1.
+
+    Example:
+        >>> RankEquivalent(128).quotas([(4096, 4096), (4096,)])
+        (1048576, 4096)
+
+    References:
+        Liu et al., *LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused
+        Supervised Fine-Tuning*, ICML 2025, https://arxiv.org/abs/2506.00772
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"`RankEquivalent(rank={self.rank!r})` must be at least 1: it is the rank of an adapter.")
+
+    def quotas(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """Entries to select in each tensor.
+
+        Args:
+            shapes: Shape of each tensor.
+        """
+        rows = [shape[0] if shape else 1 for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
+        return tuple(min((m + size // max(1, m)) * self.rank, size) for m, size in zip(rows, sizes, strict=True))
+
+    def at(self, step: int, total: int | None) -> int | float:
+        """Not to be asked.
+
+        Raises:
+            RuntimeError: Always: the counts depend on the shapes.
+        """
+        del step, total
+        raise RuntimeError(
+            f"`{self!r}` fixes a count for each tensor, not one for the model: ask `quotas(shapes)`, and select with "
+            "`TopK(per='tensor')`."
+        )

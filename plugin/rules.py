@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apportion.candidates import Ask, Chooser
+from apportion.entry_rules import compared
 from apportion.race import mask_of, race
 from apportion.shares import largest_remainder, nearest, systematic
 from apportion.types import Bound, Draw, State
@@ -147,12 +149,17 @@ class Cycle:
 class TopK:
     """Selects the k units with the highest scores; ties go to the lower index, NaN comes last, after minus infinity.
 
+    For entries and rows, minus and plus infinity are as little a score as NaN: all three come last, as equals.
+
     Args:
-        per: ``model`` compares all units; ``group`` and ``block`` compare within each group or layer, which gets its
-            share of the budget by the largest remainder.
+        per: ``model`` compares all units; ``group``, ``block`` and ``tensor`` compare within each group, layer or
+            tensor, which gets its share of the budget by the largest remainder. ``group`` is for layers and matrices
+            only, ``tensor`` for entries and rows only.
+        grow: Keeps what is selected and adds the best of the others; a budget that falls keeps the best of the
+            selected. Shares then count what is added.
 
     Raises:
-        ValueError: If ``per`` is unknown.
+        ValueError: If ``per`` is unknown or does not fit the units.
 
     Example:
         >>> from apportion.types import Unit
@@ -162,26 +169,41 @@ class TopK:
     """
 
     per: str = "model"
+    grow: bool = False
 
     def __post_init__(self) -> None:
-        if self.per not in ("model", "group", "block"):
-            raise ValueError(f"`TopK(per={self.per!r})` must be 'model', 'group' or 'block'.")
+        if self.per not in ("model", "group", "block", "tensor"):
+            raise ValueError(f"`TopK(per={self.per!r})` must be 'model', 'group', 'block' or 'tensor'.")
 
     def select(self, draw: Draw) -> tuple[Tensor, State]:
         """Exactly ``draw.k`` units; no state."""
+        if self.per == "tensor":
+            raise ValueError(
+                f"`{self!r}` compares entries or rows of one tensor, but units are whole here: use 'block'."
+            )
+        kept = draw.mask.cpu() if self.grow and draw.mask is not None else torch.zeros(draw.bound.n, dtype=torch.bool)
+        more = draw.k - int(kept.sum())
+        return (kept | self._best(draw, ~kept, more) if more >= 0 else self._best(draw, kept, draw.k)), {}
+
+    def _best(self, draw: Draw, among: Tensor, k: int) -> Tensor:
         order: list[int] = torch.argsort(-draw.scores.cpu().double(), stable=True).tolist()  # NaN sorts last
         parts: dict[object, list[int]] = {}
-        for i, unit in enumerate(draw.bound.units):
+        for i in among.nonzero().flatten().tolist():
+            unit = draw.bound.units[i]
             parts.setdefault({"model": None, "group": unit.group, "block": unit.block}[self.per], []).append(i)
-        counts = largest_remainder([len(part) for part in parts.values()], draw.k)
+        counts = largest_remainder([len(part) for part in parts.values()], k)
         left = dict(zip(parts, counts, strict=True))
         home = {i: key for key, part in parts.items() for i in part}
         chosen = []
         for i in order:
-            if left[home[i]] > 0:
+            if i in home and left[home[i]] > 0:
                 left[home[i]] -= 1
                 chosen.append(i)
-        return mask_of(torch.tensor(chosen, dtype=torch.int64), draw.bound.n), {}
+        return mask_of(torch.tensor(chosen, dtype=torch.int64), draw.bound.n)
+
+    def open(self, ask: Ask) -> Chooser:
+        """A chooser of exactly ``ask.k`` entries or rows; those selected now are kept apart if it grows."""
+        return compared(self.per, ask, ask.taken if self.grow else {}, repr(self))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apportion.budgets import Constant, Polynomial
-from apportion.types import resolve
+from apportion.budgets import Constant, Increment, Polynomial, RankEquivalent
+from apportion.types import Budget, resolve
 
 
 def test_a_constant_budget_is_the_same_at_every_step_and_keeps_its_kind() -> None:
@@ -86,3 +88,91 @@ def test_a_polynomial_that_ends_with_the_run_needs_its_length() -> None:
         Polynomial(4, 2).at(0, None)
     with pytest.raises(ValueError, match="lower `begin`"):
         Polynomial(4, 2, begin=10).at(0, 10)
+
+
+# Increment
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def added(budget: Increment, steps: int, total: int | None = None) -> list[int]:
+    counts = [0, *(budget.at(step, total) for step in range(steps))]
+    return [b - a for a, b in itertools.pairwise(counts)]
+
+
+def test_increments_have_the_values_worked_by_hand() -> None:
+    assert added(Increment(10, "front", 4), 4) == [3, 3, 2, 2]
+    assert added(Increment(10, "even", 4), 4) == [2, 3, 2, 3]
+    assert added(Increment(3, "even", 5), 5) == [0, 1, 0, 1, 1]
+    assert added(Increment(3, "front", 5), 5) == [1, 1, 1, 0, 0]
+    assert sum(Increment(10, "front", 4).at(step, None) for step in range(4)) == 27
+
+
+@given(amount=st.integers(1, 200), steps=st.integers(1, 60), form=st.sampled_from(["even", "front"]))
+def test_an_increment_never_falls_differs_by_one_at_most_and_ends_at_its_amount(
+    amount: int, steps: int, form: str
+) -> None:
+    budget = Increment(amount, form)
+    units = added(budget, steps + 5, total=steps)
+    assert sum(units) == amount
+    assert units[steps:] == [0] * 5
+    assert set(units[:steps]) <= {amount // steps, -(-amount // steps)}
+    assert all(type(budget.at(step, steps)) is int for step in range(steps + 5))
+    if form == "front":
+        assert units[:steps] == sorted(units[:steps], reverse=True)
+    else:  # nowhere behind, nor a unit ahead of, the straight line
+        assert all(0 <= amount * (t + 1) - budget.at(t, steps) * steps < steps for t in range(steps))
+
+
+def test_a_finish_of_its_own_comes_before_the_end_of_the_run() -> None:
+    assert [Increment(6, finish=3).at(step, 100) for step in range(5)] == [2, 4, 6, 6, 6]
+    assert [Increment(6).at(step, 3) for step in range(5)] == [2, 4, 6, 6, 6]
+
+
+def test_a_fraction_grows_once_it_is_counted() -> None:
+    budget = Increment(0.29, "front", 4)
+    assert budget.counted(100) == Increment(29, "front", 4)
+    assert budget.counted(2) == Increment(1, "front", 4)
+    assert Increment(7).counted(9) == Increment(7)
+    with pytest.raises(ValueError, match=r"`Increment\(amount=0.29, .*take `counted\(n\)`"):
+        budget.at(0, 10)
+    with pytest.raises(ValueError, match=r"`Increment\(amount=7, .*over 6 units must lie in \[1, 6\]"):
+        Increment(7).counted(6)
+
+
+def test_nonsense_increments_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Increment\(amount=0\)"):
+        Increment(0)
+    with pytest.raises(ValueError, match=r"`Increment\(form='late'\)` must be 'even' or 'front'"):
+        Increment(3, "late")
+    with pytest.raises(ValueError, match=r"`Increment\(finish=0\)` must be at least 1"):
+        Increment(3, finish=0)
+    for total in (None, 0, -1):
+        with pytest.raises(ValueError, match="unknown: give `finish`"):
+            Increment(3).at(0, total)
+
+
+# RankEquivalent
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_asks_for_as_many_entries_as_an_adapter_has() -> None:
+    assert RankEquivalent(128).quotas([(4096, 4096), (11008, 4096)]) == (1_048_576, 1_933_312)
+    assert RankEquivalent(2).quotas([(8, 4, 3, 3)]) == (2 * (8 + 36),)
+
+
+def test_no_tensor_is_asked_for_more_than_it_has() -> None:
+    # a 3 x 5 matrix has 15 entries, a rank 2 adapter 16; vectors and single numbers train as a whole
+    assert RankEquivalent(2).quotas([(3, 5), (7,), (), (0, 4)]) == (15, 7, 1, 0)
+
+
+def test_llama_2_7b_at_rank_128_has_the_known_number_of_entries() -> None:
+    layer = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    assert sum(RankEquivalent(128).quotas(layer * 32)) == 319_815_680
+
+
+def test_counts_per_tensor_are_not_asked_for_as_one_amount() -> None:
+    budget: Budget = RankEquivalent(4)
+    with pytest.raises(RuntimeError, match=r"`RankEquivalent\(rank=4\)` fixes a count for each tensor.*quotas"):
+        budget.at(0, 10)
+    with pytest.raises(ValueError, match=r"`RankEquivalent\(rank=0\)` must be at least 1"):
+        RankEquivalent(0)
