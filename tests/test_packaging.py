@@ -189,6 +189,7 @@ def test_the_typing_marker_and_the_entry_points_are_in_the_wheel(wheel: Path) ->
     for line in (
         "apportion-train = apportion.recipes.train:main",
         "apportion-estimate = apportion.recipes.estimate:main",
+        "apportion-export = apportion.recipes.export:main",
         "apportion = hydra_plugins.apportion.searchpath:ApportionSearchPathPlugin",
     ):
         assert line in entries
