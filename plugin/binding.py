@@ -48,10 +48,13 @@ class Search:
         for role in ("norm", "head", "other"):
             outer[role] = self._claim(around[role], role)
         if not any(unit.params for unit in layers):
+            outside = next((key for unit in outer.values() for key in _trainable(unit).params), None)
+            beside = f" (what trains, such as {outside}, lies outside them)" if outside else ""
             raise ValueError(
                 f"`{self.call}()` found {len(chosen)} layers, such as {chosen[0][0]}, but all their parameters are "
-                "frozen: set `requires_grad`, or add adapters, before the units are looked for."
+                f"frozen{beside}: set `requires_grad`, or add adapters, before the units are looked for."
             )
+        self._check_own(inner, layers)
         for message in self.shared[:1]:
             more = f" (and {len(self.shared) - 1} more)" if len(self.shared) > 1 else ""
             warnings.warn(f"`{self.call}()`: {message}{more}.", stacklevel=4)
@@ -64,6 +67,17 @@ class Search:
             {k: p for role in ROLES if self.treatment[role] == "freeze" for k, p in trained[role].params.items()},
             {role: tuple(outer[role].params) for role in ROLES},
         )
+
+    def _check_own(self, offered: list[Unit], kept: list[Unit]) -> None:
+        """Refuses units of which one holds all that trains, also what trains in the others."""
+        without = [unit for unit, own in zip(offered, kept, strict=True) if not own.params and _trainable(unit).params]
+        if without and sum(bool(unit.params) for unit in kept) == 1:
+            key = next(iter(_trainable(without[0]).params))
+            raise ValueError(
+                f"`{self.call}()` found {len(without) + 1} units that hold the same trainable tensors, such as {key}: "
+                "none has any of its own that could train without the others. Train them without a selection, or use "
+                "adapters with tensors in each layer, such as LoRA's."
+            )
 
     def _chosen(self) -> list[Named]:
         """The layers, before ``exclude``."""

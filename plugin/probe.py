@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -169,9 +170,23 @@ class _PeftDamper(_Damper):
         if kept is not None and args and kept[0] is args[0] and kept[2] == kept[1]._version and kept[1] is not out:
             return _blend(kept[1], out, self.factor)
         layer: Any = module.base_layer
-        base = layer(*args, **kwargs)
+        try:
+            base = layer(*args, **_taken(layer, kwargs))
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"The part of a `{type(module).__name__}` cannot be told from that of its base layer, which does not "
+                f"take what it takes itself ({error}): use a score that damps no adapters, such as `Uniform()`."
+            ) from error
         self.kept = None
         return _blend(base, out, self.factor)
+
+
+def _taken(layer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``kwargs`` that ``layer`` takes; others, such as the task of each row, are the adapter's own."""
+    known = inspect.signature(layer.forward).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
+        return kwargs
+    return {key: value for key, value in kwargs.items() if key in known}
 
 
 def _blend(base: Any, out: Any, factor: float) -> Any:

@@ -77,7 +77,8 @@ class Layers:
         """Finds the units in ``model``, which may live on the meta device; runs nothing and changes nothing.
 
         Raises:
-            ValueError: If there is no layer, nothing in the layers requires a gradient, or a pattern matches nothing.
+            ValueError: If there is no layer, nothing in the layers requires a gradient, what does is one set that all
+                of them hold, or a pattern matches nothing.
         """
         return Search(self, unwrapped(model)).bound()
 
