@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from apportion import sync
+from apportion.candidates import Candidates
 from apportion.owner import Owner
 from apportion.selection import Selection, Slots
 from apportion.types import Bound
@@ -77,7 +80,8 @@ def meet(selection: Selection, owner: Owner, module: nn.Module) -> Bound:
     """Binds ``selection`` to the module as its user left it; refuses what cannot work on it or differs over ranks."""
     with owner.thawed():  # another selection on this run may have frozen its share already
         bound = selection.bind(module)
-    compiled(module, bound, changes(selection.slots), selection.label)
+    # Under a compiled whole, hooks of entries fire when the backward pass is over: right, with all dense gradients.
+    compiled(module, bound, changes(selection.slots) and not isinstance(bound, Candidates), selection.label)
     checkpointing(module, bound, selection.label)
     sync.agree(f"the configuration of `{selection.label}`", selection.describe())
     return bound
@@ -122,7 +126,9 @@ def checkpointing(module: nn.Module, bound: Bound, label: str) -> None:
 
 def _feeds_gradient(module: nn.Module, bound: Bound) -> bool:
     """Whether the first layer's input requires a gradient: a trained embedding, or transformers' hook on one."""
-    trained = any(name in bound.always for name in bound.found.get("embedding", ()))
+    whole = isinstance(bound, Candidates)  # units of entries keep the gradient whatever is selected
+    feeding = {*bound.always, *(bound.names if whole else ())}
+    trained = any(name in feeding for name in bound.found.get("embedding", ()))
     return trained or any(getattr(m, "_require_grads_hook", None) is not None for m in module.modules())
 
 
@@ -167,9 +173,16 @@ def gradients(owner: Owner, optimizer: Optimizer, bound: Bound, mask: Tensor, la
         Names of parameters without one in units where others have one.
 
     Raises:
-        RuntimeError: If no parameter of a selected unit got a gradient.
+        RuntimeError: If no parameter of a selected unit got a gradient, or one that must not train got one.
     """
     for unit, selected in zip(bound.units, mask.tolist(), strict=True):
+        awake = [name for name, p in unit.params.items() if p.grad is not None and not owner.slots[p].trains]
+        if awake:
+            raise RuntimeError(
+                f"`{label}` froze {awake[0]} of {unit.name}, yet it got a gradient: something sets `requires_grad` "
+                "during the forward pass, as X-LoRA does with its experts. The selection would save nothing: leave "
+                "`requires_grad` alone during the fit."
+            )
         if not selected:
             continue
         trained = {
@@ -186,6 +199,59 @@ def gradients(owner: Owner, optimizer: Optimizer, bound: Bound, mask: Tensor, la
                 "units), or a graph compiled for another selection."
             )
         yield from without
+
+
+def entry_gradients(owner: Owner, optimizer: Optimizer, bound: Candidates, label: str) -> list[str]:
+    """After a backward pass, names of tensors with selected entries that got no gradient, as far as ``optimizer`` holds
+    them.
+
+    Raises:
+        RuntimeError: If none of them got one.
+    """
+    held = [
+        (name, owner.narrow(p))
+        for name, p in zip(bound.names, bound.tensors, strict=True)
+        if owner.slots[p].trains and owner.slots[p].optimizer is optimizer and len(owner.narrow(p).index)
+    ]
+    without = [name for name, store in held if store.leaf.grad is None]
+    if held and len(without) == len(held):
+        raise RuntimeError(
+            f"`{label}` selected entries of {len(held)} tensors, but none got a gradient, such as {without[0]}. "
+            "The usual reasons: reentrant activation checkpointing over frozen inputs (pass use_reentrant=False), or a "
+            "part of the model that the loss does not depend on (leave it out by `exclude=`)."
+        )
+    return without
+
+
+_WHOLE_CLIP = re.compile(r"clip_grad_(norm|value)_\(\s*[\w.]*\bparameters\(")
+
+
+def clipping(module: Any, label: str) -> None:
+    """Warns about gradients that the user's own code clips over all parameters, where entries have none any more."""
+    for name in ("training_step", "on_before_optimizer_step", "on_after_backward", "configure_gradient_clipping"):
+        try:
+            source = inspect.getsource(getattr(type(module), name))
+        except (AttributeError, OSError, TypeError):
+            continue
+        if _WHOLE_CLIP.search(source):
+            warnings.warn(
+                f"`{type(module).__name__}.{name}` clips the gradients of `parameters()`, of which `{label}` has moved "
+                "those of selected entries to the optimizer: nothing would be clipped. Use the Trainer's "
+                "`gradient_clip_val`, `self.clip_gradients(optimizer, ...)`, or the parameters in "
+                "`optimizer.param_groups`.",
+                stacklevel=3,
+            )
+
+
+def scaling(trainer: Any, label: str) -> None:
+    """Refuses a gradient scaler where it unscales gradients before anybody knows which entries they choose."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        raise ValueError(
+            f"`{label}` selects by the gradients of the step, and under manual optimization with '16-mixed' the scaler "
+            "has finished with them before they are known to be the last: use 'bf16-mixed', automatic optimization, or "
+            "a score of weights."
+        )
 
 
 def idle(trainer: Any, owner: Owner, label: str) -> None:

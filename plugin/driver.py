@@ -4,7 +4,8 @@ setup                     refuse what would fail silently; DDP is told to leave 
 on_fit_start              find the units, own the param groups, apply the saved or the first selection
 on_train_start            restore random number states (everything else is restored by now)
 on_train_batch_start      first micro-batch of a window: probe, select, freeze
-on_after_backward         last micro-batch of a window: average gradients over ranks
+on_before_backward        tell gradients of the last micro-batch from others, for selections that they decide about
+on_after_backward         last micro-batch of a window: make such a selection, average gradients over ranks
 on_before_optimizer_step  first step after a switch: every selected unit must have had a gradient
 on_train_batch_end        after a step: free gradients, log
 on_train_end, on_exception   leave the model as found
@@ -14,14 +15,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from apportion import checks, randomness, sync
+from apportion.entry_selection import EntrySelection
+from apportion.kinds import selection_of, stage_of
 from apportion.owner import Owner
 from apportion.probing import TrainerProbe
 from apportion.selection import History, Selection, Slots
-from apportion.types import Budget, Effect, Rule, Score, Units, When
+from apportion.types import Budget, Effect, Units, When
+from apportion.windows import Stage, loss_scale, run_clock
 
 # Both Trainers accept a callback only if it is of their own class; where both packages are installed we are of both.
 _bases: list[type] = []
@@ -70,9 +75,9 @@ class SelectiveTuning(_Callback):
     def __init__(
         self,
         units: Units,
-        score: Score,
+        score: Any,
         budget: Budget,
-        rule: Rule,
+        rule: Any,
         effect: Effect,
         *,
         select_when: When | None = None,
@@ -94,6 +99,8 @@ class SelectiveTuning(_Callback):
         self._unchecked: set[Any] = set()  # optimizers that have not stepped since the last switch
         self._drawn = 0
         self._rng: list[dict[str, Any]] | None = None
+        self._stage = Stage()
+        self._clipping: Any = None  # the precision plugin whose clipping waits for us
 
     def __repr__(self) -> str:
         slots = ", ".join(f"{k}={v!r}" for k, v in vars(self.slots).items())
@@ -102,7 +109,7 @@ class SelectiveTuning(_Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to the present fit, and the ``log`` functions that Lightning puts on callbacks."""
         kept = {k: v for k, v in vars(self).items() if k not in ("log", "log_dict")}
-        return {**kept, "_owner": None, "_probe": None, "_unchecked": set()}
+        return {**kept, "_owner": None, "_probe": None, "_stage": Stage(), "_unchecked": set(), "_clipping": None}
 
     @property
     def label(self) -> str:
@@ -121,7 +128,7 @@ class SelectiveTuning(_Callback):
 
     def new_selection(self) -> Selection:
         """A selection with these slots that has seen nothing yet."""
-        return Selection(self.slots, self.seed, self.label)
+        return selection_of(self.slots, self.seed, self.label)
 
     # Start ------------------------------------------------------------------------------------------------------------
 
@@ -135,13 +142,24 @@ class SelectiveTuning(_Callback):
         # The finders of learning rate and batch size train in their `on_fit_start`: they must meet what we select.
         finders = checks.finders(trainer)
         if finders:
-            if self.selection.needs_probe and self.selection.mask is None and self.probe_data is None:
+            if "grad" in self.slots.score.needs and self.selection.count == 0:
+                raise ValueError(
+                    f"`{self.label}` makes its first selection from the gradients of the first step, but "
+                    f"`{type(finders[0]).__name__}` trains before that, and would train nothing of it: leave it out."
+                )
+            if self.selection.needs_probe and self.selection.count == 0 and self.probe_data is None:
                 raise ValueError(
                     f"`{self.label}` probes the first training batch to make its first selection, but "
                     f"`{type(finders[0]).__name__}` trains before that, and would train everything: give `probe_data`."
                 )
             ours = [c for c in trainer.callbacks if isinstance(c, SelectiveTuning)]
             trainer.callbacks = ours + [c for c in trainer.callbacks if c not in ours]
+        prepare = getattr(self.slots.units, "prepare", None)
+        if prepare is not None:  # it may change the model, so it comes before the optimizers and the checkpoint
+            trainer.strategy.model_to_device()
+            probe = TrainerProbe(trainer, pl_module, self.probe_data, self.probe_loss, seed=self.seed)
+            with probe.batches() as batches:
+                prepare(pl_module, batches, probe.measure)
         if trainer.world_size > 1:
             pl_module._ddp_params_and_buffers_to_ignore = sync.IgnoredNames(pl_module)
 
@@ -155,11 +173,32 @@ class SelectiveTuning(_Callback):
         self.slots.effect.open(self._owner, self.state_key, bound)
         self._probe = TrainerProbe(trainer, pl_module, self.probe_data, self.probe_loss, self._drawn, self.seed)
         self._window_open, self._seen_step = True, trainer.global_step
-        if self.selection.mask is not None:
+        if isinstance(self.selection, EntrySelection):
+            checks.clipping(pl_module, self.label)
+            if "grad" in self.slots.score.needs and not pl_module.automatic_optimization:
+                checks.scaling(trainer, self.label)
+                self._settle_before_clipping(trainer)
+        self._stage = stage_of(self._owner, self.state_key, self.selection)
+        self._stage.begin(partial(run_clock, trainer))
+        if self.selection.count:
             self._apply(trainer)
-        elif not self.selection.needs_probe or self.probe_data is not None:
+        elif self.selection.prepared >= 0:
+            pass  # an interrupted run that had selected nothing yet; its optimizer's state is still to come
+        elif not self.selection.needs_probe or self.probe_data is not None or self.slots.grain == "entry":
             self._select(trainer)
             self._drawn = self._probe.drawn
+
+    def _settle_before_clipping(self, trainer: Any) -> None:
+        """Makes ``self.clip_gradients`` of manual optimization find the gradients of what the step has chosen."""
+        clip = trainer.precision_plugin.clip_gradients
+
+        def clip_settled(*args: Any, **kwargs: Any) -> Any:
+            self._settle(trainer)
+            self._stage.finish(1.0)
+            return clip(*args, **kwargs)
+
+        self._clipping = trainer.precision_plugin
+        trainer.precision_plugin.clip_gradients = clip_settled
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Restores the random number states of an interrupted run."""
@@ -191,6 +230,14 @@ class SelectiveTuning(_Callback):
         self._probe.current = None
         self._drawn = self._probe.drawn
         self._window_open = False
+        self._stage.arm(1 if pl_module.automatic_optimization else None, self._scale(trainer))
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Tells whether the gradients of this backward pass are those of the last micro-batch."""
+        self._stage.announce(final=not trainer.fit_loop._should_accumulate())
+
+    def _scale(self, trainer: Any) -> float:
+        return loss_scale(trainer) if self._stage.wants_scale() else 1.0
 
     def _select(self, trainer: Any) -> None:
         needs_total = getattr(self.slots.budget, "finish", 0) is None
@@ -201,27 +248,44 @@ class SelectiveTuning(_Callback):
 
     def _apply(self, trainer: Any) -> None:
         assert self._owner is not None
-        assert self.selection.mask is not None
-        self.slots.effect.apply(self._owner, self.state_key, self.selection.bound, self.selection.mask)
+        self.slots.effect.apply(self._owner, self.state_key, self.selection.bound, self.selection.choice)
+        self._switched(trainer)
+
+    def _switched(self, trainer: Any) -> None:
+        assert self._owner is not None
         checks.idle(trainer, self._owner, self.label)
         self._unchecked = set(trainer.optimizers)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """After the last micro-batch of a window: averages the gradients, before anything is decided by them."""
-        if trainer.world_size == 1 or not self._leads:
+        if self._owner is None or (pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()):
             return
-        if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
-            return
-        assert self._owner is not None
-        self._reducer.reduce(list(self._owner.training()))
+        if pl_module.automatic_optimization:
+            self._settle(trainer)
+        if trainer.world_size > 1 and self._leads:
+            self._reducer.reduce([p for p in self._owner.training() if p not in self._owner.averaged])
+        if pl_module.automatic_optimization:
+            self._stage.finish(self._scale(trainer))
+
+    def _settle(self, trainer: Any) -> None:
+        if self._stage.settle():
+            self._switched(trainer)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """At the first step after a switch: the selected units must have had gradients."""
+        # Under automatic optimization it has been settled, unless the last micro-batch had no loss.
+        self._settle(trainer)
+        if not pl_module.automatic_optimization:
+            self._stage.finish(1.0)
         if optimizer not in self._unchecked or self._owner is None or checks.skipped(optimizer):
             return
         self._unchecked.discard(optimizer)
-        assert self.selection.mask is not None
-        without = list(checks.gradients(self._owner, optimizer, self.selection.bound, self.selection.mask, self.label))
+        if isinstance(self.selection, EntrySelection):
+            without = checks.entry_gradients(self._owner, optimizer, self.selection.bound, self.label)
+        else:
+            assert self.selection.mask is not None
+            bound, mask = self.selection.bound, self.selection.mask
+            without = list(checks.gradients(self._owner, optimizer, bound, mask, self.label))
         if without and self.selection.count == 1:
             warnings.warn(
                 f"`{self.label}` trains units of which some parameters got no gradient, such as "
@@ -236,20 +300,30 @@ class SelectiveTuning(_Callback):
         self._seen_step = trainer.global_step
         self.selection.step += 1
         self._window_open = True
-        if self._leads and pl_module.automatic_optimization:  # Lightning would keep them through the next forward pass
+        if self._stage.after_step(partial(run_clock, trainer)):
+            self._switched(trainer)
+        if self._trails and pl_module.automatic_optimization:  # Lightning would keep them through the next forward pass
             for p in self._owner.training():
                 p.grad = None
-        pl_module.log_dict({f"{self.label}/{k}": v for k, v in self.selection.metrics().items()})
+        self._stage.end()
+        logged = {**self.selection.metrics(), **self._stage.metrics()}
+        pl_module.log_dict({f"{self.label}/{k}": v for k, v in logged.items()})
 
     @property
     def _leads(self) -> bool:
         """Whether this callback does what is to be done once for all selections on the run."""
         return self._owner is not None and next(iter(self._owner.claims), None) == self.state_key
 
+    @property
+    def _trails(self) -> bool:
+        """Whether all other selections on the run have had their turn before this one."""
+        return self._owner is not None and next(reversed(self._owner.claims), None) == self.state_key
+
     # End --------------------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leaves the model and the optimizers as they were found."""
+        """Leaves the model and the optimizers as they were found, once what a schedule has promised is done."""
+        self._stage.conclude(partial(run_clock, trainer))
         self._release(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -263,9 +337,12 @@ class SelectiveTuning(_Callback):
 
     def _release(self, pl_module: Any) -> None:
         pl_module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+        if self._clipping is not None:
+            vars(self._clipping).pop("clip_gradients", None)
         if self._owner is not None:
             self.slots.effect.close(self._owner, self.state_key)
-        self._owner = self._probe = self._rng = None
+        self._owner = self._probe = self._rng = self._clipping = None
+        self._stage = Stage()
         self._unchecked = set()
 
     # State ------------------------------------------------------------------------------------------------------------
@@ -276,10 +353,11 @@ class SelectiveTuning(_Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a saved selection, also in the middle of a fit (the learning-rate finder does that)."""
+        self._stage.disarm()
         self.selection.load_state_dict(state_dict["selection"])
         self._drawn, self._seen_epoch = int(state_dict["drawn"]), int(state_dict["epoch"])
-        if self._owner is not None and self.selection.mask is not None:
-            self.slots.effect.apply(self._owner, self.state_key, self.selection.bound, self.selection.mask)
+        if self._owner is not None and self.selection.choice is not None:
+            self.slots.effect.apply(self._owner, self.state_key, self.selection.bound, self.selection.choice)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Adds every rank's random number states; called on all ranks, as Lightning saves."""

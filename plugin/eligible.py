@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 
@@ -54,3 +58,71 @@ def check_state(optimizers: Sequence[Optimizer], policy: str) -> None:
 
 def _made_at_construction(state: dict[str, Any]) -> bool:
     return "step" in state and float(state["step"]) == 0.0
+
+
+def check_entries(optimizers: Sequence[Optimizer]) -> None:
+    """Refuses optimizers that treat the entries of a matrix otherwise than the same entries as a vector.
+
+    Each is tried on an 8 x 8 matrix of which half the entries have a gradient, and on those entries by themselves:
+    after three steps both must be equal, bit for bit.
+
+    Raises:
+        ValueError: If one fails, or its values differ.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not group["params"]:
+                continue
+            device = group["params"][0].device
+            try:
+                whole, alone, index = _tried(optimizer, group, device)
+            except Exception as error:
+                raise ValueError(
+                    f"`{type(optimizer).__name__}` does not step a vector of entries ({error}), so it cannot train "
+                    "single entries of matrices: use an elementwise optimizer such as AdamW or SGD."
+                ) from error
+            if not torch.equal(whole.detach().view(-1)[index], alone.detach()):
+                raise ValueError(
+                    f"`{type(optimizer).__name__}` gives single entries of a matrix other values when they stand by "
+                    "themselves: it is not elementwise (it factors, orthogonalizes or normalizes whole tensors). Use "
+                    "an elementwise optimizer such as AdamW or SGD, or select whole layers or matrices."
+                )
+
+
+def _tried(optimizer: Optimizer, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix after three steps of a copy of ``optimizer``, its chosen entries after the same, and their indices."""
+    size = 64  # half of it fills vector registers: fused kernels on a CPU may round what is left over otherwise
+    index = torch.arange(size, device=device).view(-1, 4)[:, [0, 3]].flatten()
+    values = torch.linspace(-2.0, 3.0, size, device=device).sin()
+    whole = nn.Parameter(values.view(8, 8).clone())
+    alone = nn.Parameter(values[index].clone())
+    for p, chosen in ((whole, None), (alone, index)):
+        trial = _copied(optimizer, {**group, **_visible(group), "params": [p]})
+        for step in range(3):
+            grad = torch.linspace(1.0, -1.5, size, device=device).add(0.3 * step).cos().pow(3)
+            mask = torch.zeros_like(grad)
+            mask[index] = 1.0
+            p.grad = (grad * mask).view(8, 8) if chosen is None else grad[chosen]
+            trial.step()
+    return whole, alone, index
+
+
+def _visible(group: dict[str, Any]) -> dict[str, Any]:
+    """A learning rate that moves values: under a schedule that warms up it is zero before the first step."""
+    rate = group.get("lr")
+    if rate is None:
+        return {}
+    return {"lr": torch.full_like(rate, 1e-2) if isinstance(rate, Tensor) else 1e-2}
+
+
+def _copied(optimizer: Optimizer, group: dict[str, Any]) -> Optimizer:
+    """An optimizer of the same kind and settings over one group, without the hooks of the original.
+
+    Schedulers wrap `step` of one optimizer for good: the copy has to have its class's own.
+    """
+    trial = copy(optimizer)
+    trial.__dict__ = {k: v for k, v in vars(optimizer).items() if not k.startswith("_apportion") and k != "step"}
+    trial.param_groups, trial.state = [copy(group)], defaultdict(dict)
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        setattr(trial, hooks, type(getattr(optimizer, hooks))())
+    return trial

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from apportion.compact import Gathered
 from apportion.fake import FakeRun
 from apportion.ledger import Parts
 from apportion.memory import Tracker
 from apportion.optim import Selective
 from apportion.scores import Uniform
+from apportion.shares import largest_remainder
+from apportion.types import When, resolve
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "adamw": lambda params: torch.optim.AdamW(params, foreach=False),
@@ -29,6 +32,8 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, foreach=False),
 }
 _UNREADABLE = frozenset({"weight", "activation"})
+_NEVER = 2**60  # a step that no run reaches
+_UNBUDGETED = 0.05  # share of the entries, where a rule selects as many as there are above a threshold
 _ROUNDS = 400  # optimizer steps at most until every unit has had its turn and its state
 
 
@@ -101,10 +106,13 @@ def estimate(
         used = make([p for p in run.model.parameters() if p.requires_grad])
         if method != "full":
             used = Selective(used, run.model, _drawable(method), probe=run.probe)
-            _visit_all(used)
+            if method.slots.grain == "entry":
+                _fill(used, method, run)
+            else:
+                _visit_all(used)
         tracker.mark("start")
         for _ in range(steps):
-            trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+            trainable = _trainable(used, run.model)
             selected = _selected(used)
             run.step(used)
         peak = tracker.mark("end")
@@ -130,11 +138,47 @@ def _optimizer(name: str | Callable[[list[nn.Parameter]], Optimizer]) -> Callabl
 
 def _drawable(method: Any) -> Any:
     """The method, with equal scores in place of scores that read weights: fake tensors have no values."""
+    if method.slots.grain == "entry":  # what is selected is laid out by `_fill`
+        idle = copy(method)
+        idle.slots = replace(method.slots, select_when=When(begin=_NEVER))
+        return idle
     if not method.slots.score.needs & _UNREADABLE:
         return method
     equal = copy(method)
     equal.slots = replace(method.slots, score=Uniform())
     return equal
+
+
+def _fill(optimizer: Selective, method: Any, run: FakeRun) -> None:
+    """Gives every store its share of the entries that the budget ends with, in proportion to its size."""
+    bound: Any = optimizer.selection.bound
+    counts = _entries(method, bound)
+    for p, count in zip(bound.tensors, counts, strict=True):
+        store = optimizer.owner.narrow(p)
+        if store.leaf is p:
+            continue
+        with run.fake:
+            store.index = torch.empty(count, dtype=store.index.dtype)
+            store.leaf = nn.Parameter(torch.empty(count, dtype=store.leaf.dtype))
+            if isinstance(store, Gathered):
+                store.age = None if store.age is None else torch.empty(count, dtype=store.age.dtype)
+                store.origin = None if store.origin is None else torch.empty(count, dtype=p.dtype)
+    optimizer.owner.write_groups()
+
+
+def _entries(method: Any, bound: Any) -> list[int]:
+    """Entries of each tensor that the method selects in the end."""
+    budget = method.slots.budget
+    if hasattr(budget, "quotas"):
+        return list(budget.quotas([p.shape for p in bound.tensors]))
+    if not getattr(method.slots.rule, "budgeted", True):
+        amount: int | float = _UNBUDGETED
+    elif hasattr(budget, "counted"):
+        amount = budget.counted(bound.n).amount
+    else:
+        amount = budget.at(_NEVER, _NEVER)
+    units = largest_remainder(bound.counts, resolve(amount, bound.n, f"`{budget!r}`"))
+    return [count * width for count, width in zip(units, bound.widths, strict=True)]
 
 
 def _visit_all(optimizer: Selective) -> None:
@@ -153,8 +197,19 @@ def _visit_all(optimizer: Selective) -> None:
             return
 
 
+def _trainable(optimizer: Optimizer, model: nn.Module) -> int:
+    """Entries that the coming step trains."""
+    if isinstance(optimizer, Selective):
+        return sum(p.numel() for p in optimizer.owner.training())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def _selected(optimizer: Optimizer) -> tuple[str, ...]:
-    if not isinstance(optimizer, Selective) or optimizer.selection.mask is None:
+    if not isinstance(optimizer, Selective):
+        return ()
+    if optimizer.method.slots.grain == "entry":
+        return tuple(optimizer.selection.names)
+    if optimizer.selection.mask is None:
         return ()
     names = optimizer.selection.names
     return tuple(name for name, chosen in zip(names, optimizer.selection.mask.tolist(), strict=True) if chosen)
@@ -175,6 +230,11 @@ def _assumptions(optimizer: Any, precision: str, checkpointing: bool, method: An
     said.append(
         f"activation checkpointing {'on, non-reentrant' if checkpointing else 'off unless the model does it itself'}"
     )
+    if method != "full" and method.slots.grain == "entry":
+        if not getattr(method.slots.rule, "budgeted", True):
+            said.append(f"{_UNBUDGETED:.0%} of the entries selected, which the values decide")
+        said.append("a step on which no entry is selected anew; those of the end of the schedule, spread evenly")
+        return tuple(said)
     if method != "full" and method.slots.score.needs & _UNREADABLE:
         said.append(f"equal scores in place of {type(method.slots.score).__name__}, which reads weights")
     if method != "full":

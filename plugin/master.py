@@ -38,10 +38,22 @@ class Master:
             self.leaf.grad.add_(p.grad)
         p.grad = None
 
+    def before_step(self, p: nn.Parameter) -> None:
+        """Nothing to do."""
+
     @torch.no_grad()
     def write_through(self, p: Tensor) -> None:
         """Rounds the master into the parameter."""
         p.copy_(self.leaf)
+
+    def saved(self) -> dict[str, Tensor]:
+        """The master itself."""
+        return {"master": self.leaf.detach()}
+
+    def restore(self, p: nn.Parameter, saved: dict[str, Tensor]) -> None:
+        """Takes up a saved master."""
+        if "master" in saved:
+            self.leaf.data.copy_(saved["master"])
 
     def close(self) -> None:
         """Removes the hook; the parameter keeps its last value."""

@@ -184,6 +184,8 @@ class Tracker(TorchDispatchMode):
         for owner in {id(o): o for o in (getattr(o, "_apportion_owner", None) for o in self._optimizers) if o}.values():
             for tensor in owner.offloaded():  # before what has come back, or both would seem to be there for a moment
                 self._storages.claim(tensor, OFFLOADED)
+            for tensor in owner.beside():
+                self._storages.claim(tensor, OPTIMIZER)
         for optimizer in self._optimizers:
             for p in [p for group in optimizer.param_groups for p in group["params"]]:
                 self._storages.claim(

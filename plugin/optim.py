@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apportion import checks, sync
+from apportion.calibrate import Term, gather
+from apportion.candidates import Calibration
+from apportion.entry_selection import EntrySelection
+from apportion.kinds import stage_of
 from apportion.owner import Owner
 from apportion.probe import BatchProbe
 from apportion.selection import Selection
@@ -29,6 +33,10 @@ class Selective(Optimizer):
         probe: A function that returns the loss, for methods that probe it: on the same batch until the next step, since
             the losses it gives between two steps are compared with each other.
         epoch_steps: Optimizer steps in an epoch, for methods that select anew once an epoch.
+        total_steps: Optimizer steps of the whole run, for methods whose budget follows it.
+        micro_batches: Backward passes to a step, for methods that select entries by their gradients: each dense
+            gradient is looked at in the last of them, and freed. None keeps all of them until the step; a gradient
+            scaler, or clipping in a loop of one's own, then comes too early for entries that join at that step.
 
     Raises:
         ValueError: If no unit is found, the optimizer lacks parameters, or the method needs a probe that is not given.
@@ -55,6 +63,8 @@ class Selective(Optimizer):
         *,
         probe: Callable[[], Any] | None = None,
         epoch_steps: int | None = None,
+        total_steps: int | None = None,
+        micro_batches: int | None = 1,
     ) -> None:
         if epoch_steps is None and method.slots.select_when.clock == "epoch":
             raise ValueError(
@@ -63,10 +73,14 @@ class Selective(Optimizer):
             )
         if epoch_steps is not None and epoch_steps < 1:
             raise ValueError(f"`Selective(epoch_steps={epoch_steps})` must be at least 1: it counts optimizer steps.")
-        self.epoch_steps = epoch_steps
+        if micro_batches is not None and micro_batches < 1:
+            raise ValueError(
+                f"`Selective(micro_batches={micro_batches})` must be at least 1, or None: it counts backward passes."
+            )
+        self.epoch_steps, self.total_steps, self.micro_batches = epoch_steps, total_steps, micro_batches
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.base, self.method = optimizer, method
-        self._share()
+        self.state = optimizer.state
         self.selection: Selection = method.new_selection()
         self.owner = Owner.of([optimizer])
         bound = checks.meet(self.selection, self.owner, model)
@@ -76,18 +90,44 @@ class Selective(Optimizer):
         self._key = f"{self.selection.label}@{id(self):x}"
         method.slots.effect.open(self.owner, self._key, bound)
         self._unchecked = False
+        self._stage = stage_of(self.owner, self._key, self.selection)
+        try:
+            self._stage.begin(lambda: (self.total_steps, None))
+        except ValueError:
+            method.slots.effect.close(self.owner, self._key, final=False)
+            raise
         self._select()
 
-    def _share(self) -> None:
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's, with what the last backward pass has chosen: scalers and clipping look here."""
+        if "_stage" in vars(self):
+            self._stage.ready()
+        return self.base.param_groups if "base" in vars(self) else self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = groups  # of the base class, before there is a wrapped optimizer
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a gradient scaler asks, and nobody else."""
+        blind = self.micro_batches is None or sync.world_size() > 1
+        if blind and "grad" in self.method.slots.score.needs and self.method.slots.grain == "entry":
+            raise ValueError(
+                f"`Selective(...)` of `{self.method.label}` selects by the gradients of the step, and a gradient "
+                "scaler has finished with them before they are known to be the last: pass `micro_batches=` (backward "
+                "passes to a step) on one process, use bfloat16, or a score of weights."
+            )
+        return False
 
     def _select(self) -> None:
         epoch, done = divmod(self.selection.step, self.epoch_steps) if self.epoch_steps else (0, self.selection.step)
-        if self.selection.advance(epoch, fresh=done == 0, probe=self._probe):
-            assert self.selection.mask is not None
-            self.method.slots.effect.apply(self.owner, self._key, self.selection.bound, self.selection.mask)
+        if self.selection.advance(epoch, fresh=done == 0, total=self.total_steps, probe=self._probe):
+            self.method.slots.effect.apply(self.owner, self._key, self.selection.bound, self.selection.choice)
             self._unchecked = True
+        self._stage.arm(self.micro_batches, None)
+        self._stage.announce(final=True)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Averages gradients over ranks, steps the optimizer on what is selected, and selects for the next step.
@@ -100,22 +140,34 @@ class Selective(Optimizer):
                 loss = closure()
         else:
             loss = None
-        self._reducer.reduce(list(self.owner.training()))
+        if self._stage.settle():
+            self._unchecked = True
+        self._reducer.reduce([p for p in self.owner.training() if p not in self.owner.averaged])
+        self._stage.finish(1.0)
         if self._unchecked and not checks.skipped(self.base):
-            assert self.selection.mask is not None
-            found = checks.gradients(
-                self.owner, self.base, self.selection.bound, self.selection.mask, self.selection.label
-            )
-            list(found)  # a loss that leaves out some parameters of a unit is the user's business
+            self._check()
             self._unchecked = False
         self.base.step()
         self.selection.step += 1
+        if self._stage.after_step(lambda: (self.total_steps, None)):
+            self._unchecked = True
+        self._stage.end()
         self._select()
         return loss
 
+    def _check(self) -> None:
+        """A loss that leaves out some parameters of a unit is the user's business; one that leaves out all is not."""
+        bound, label = self.selection.bound, self.selection.label
+        if isinstance(self.selection, EntrySelection):
+            checks.entry_gradients(self.owner, self.base, self.selection.bound, label)
+            return
+        assert self.selection.mask is not None
+        list(checks.gradients(self.owner, self.base, bound, self.selection.mask, label))
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Frees the gradients of what is selected; what is not selected has none."""
+        """Frees the gradients of what is selected; what is not selected has none, or will have none after the step."""
         self.base.zero_grad(set_to_none)
+        self._stage.restart()
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state under its own keys, and the selection under ``selection``."""
@@ -125,17 +177,35 @@ class Selective(Optimizer):
         """Takes up where `state_dict` was called."""
         selection = state_dict.get("selection")
         if selection is not None:
+            self._stage.disarm()
             self.selection.load_state_dict(selection)
-            assert self.selection.mask is not None
-            self.method.slots.effect.apply(self.owner, self._key, self.selection.bound, self.selection.mask)
+            self.method.slots.effect.apply(self.owner, self._key, self.selection.bound, self.selection.choice)
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "selection"})
-        self._share()
+        self.state = self.base.state
+        if selection is not None:
+            self._stage.arm(self.micro_batches, None)
+            self._stage.announce(final=True)
 
     def close(self) -> None:
-        """Ends the selection and leaves the model and the optimizer as they were found."""
-        self.owner.release(self._key, final=False)
+        """Ends the selection and leaves the model and the optimizer as they were found.
+
+        A budget of ranks that has not arrived is enforced before, with a warning.
+        """
+        self._stage.conclude(lambda: (self.total_steps, None))
+        self.method.slots.effect.close(self.owner, self._key, final=False)
 
 
-def _probe_of(function: Callable[[], Any], model: nn.Module) -> BatchProbe:
+def _probe_of(function: Callable[[], Any], model: nn.Module) -> _FunctionProbe:
     """A probe whose batches the function chooses itself."""
-    return BatchProbe(lambda batch: function(), lambda: None, model, sync.mean)
+    return _FunctionProbe(lambda batch: function(), lambda: None, model, sync.mean)
+
+
+class _FunctionProbe(BatchProbe):
+    """Asks a function for losses, also for losses with a gradient."""
+
+    def gather(self, params: Mapping[str, nn.Parameter], term: Term, calibration: Calibration) -> dict[str, Tensor]:
+        """Gradients of as many calls, as `apportion.calibrate.gather` adds them up."""
+        calls = (None for _ in range(calibration.batches))
+        return gather(
+            self.module, lambda _: torch.as_tensor(self.loss_fn(None)), calls, params, term, calibration, self.mean
+        )

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from apportion import randomness, sync
+from apportion.asking import asked
 from apportion.calibrate import gather
-from apportion.candidates import Ask, Candidates, Site
+from apportion.candidates import Candidates, Site
 from apportion.plan_file import Plan
-from apportion.types import resolve
 
 __all__ = ["Plan", "select"]
 
@@ -69,7 +69,15 @@ def select(
     bound = units.bind(model)
     if not isinstance(bound, Candidates):
         raise TypeError(f"`select(units={units!r})` finds no entries to choose from: use `Entries` or `Rows`.")
-    chooser = rule.open(_ask(bound, budget, rule))
+    if budget is None and getattr(rule, "budgeted", True):
+        raise ValueError(f"`select(budget=None)` leaves `{rule!r}` without a number: give it a budget.")
+    ask = asked(bound, budget, rule, f"`{budget!r}`: a budget")
+    if ask is None or ask.k == 0:
+        raise ValueError(
+            f"`{budget!r}` has nothing left after the {bound.charged} entries that train whole: raise it, or do not "
+            "charge them."
+        )
+    chooser = rule.open(ask)
     with randomness.seeded(seed):
         gathered = _gradients(model, bound, score, batches, loss_fn, progress)
         for i, scores in _scored(bound, score, gathered, seed, {} if memory is None else memory):
@@ -94,29 +102,6 @@ def select(
 
 def _names(bound: Candidates) -> tuple[str, ...]:
     return tuple(next(iter(unit.params)) for unit in bound.units)
-
-
-def _ask(bound: Candidates, budget: Any, rule: Any) -> Ask:
-    """What the rule is asked for at step 0."""
-    shapes = tuple(p.shape for p in bound.tensors)
-    blocks = tuple(unit.block for unit in bound.units)
-    if not getattr(rule, "budgeted", True):
-        return Ask(bound.counts, shapes, bound.n, blocks=blocks)
-    if budget is None:
-        raise ValueError(f"`select(budget=None)` leaves `{rule!r}` without a number: give it a budget.")
-    if hasattr(budget, "quotas"):
-        quotas = tuple(budget.quotas(shapes))
-        return Ask(bound.counts, shapes, sum(quotas), quotas=quotas, blocks=blocks)
-    counted = budget.counted(bound.n) if hasattr(budget, "counted") else budget
-    k = resolve(counted.at(0, None), bound.n, f"`{budget!r}`: a budget")
-    if bound.charged and bound.pool is not None:
-        raise ValueError(f"`{budget!r}` counts rows and cannot pay for single entries: do not charge them.")
-    if bound.charged >= k:
-        raise ValueError(
-            f"`{budget!r}` of {k} entries has nothing left after the {bound.charged} that train whole: raise it, or do "
-            "not charge them."
-        )
-    return Ask(bound.counts, shapes, k - bound.charged, blocks=blocks)
 
 
 def _gradients(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from apportion import randomness, sync
+from apportion.calibrate import Term, gather
+from apportion.candidates import Calibration
 from apportion.probe import BatchProbe, endless
 
 
@@ -83,11 +86,52 @@ class TrainerProbe:
         """The loss on the present probe batch, averaged over ranks; in eval mode, with nothing recorded."""
         return self._probe.loss()
 
+    def gather(self, params: Mapping[str, nn.Parameter], term: Term, calibration: Calibration) -> dict[str, Tensor]:
+        """Gradients of some batches, as `apportion.calibrate.gather` adds them up.
+
+        The batches come from ``data``, or from the start of a new pass over the training data; the loss is that of
+        the probe.
+        """
+        with self.batches() as batches:
+            shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+            return gather(self.module, self._measure, batches, params, term, calibration, sync.mean, shown)
+
+    @contextmanager
+    def batches(self) -> Iterator[Iterator[Any]]:
+        """Batches on the device: of ``data``, or of a new pass over the training data, which stays where it is."""
+        source = self._training_data() if self.data is None else None
+        with _unmoved(source):
+            yield self._endless() if source is None else self._pass(source)
+
+    def measure(self, batch: Any) -> Any:
+        """The loss on ``batch``, with a gradient where gradients are on, and without a trace in logs and metrics."""
+        return self._measure(batch)
+
+    def _pass(self, loader: Any) -> Iterator[Any]:
+        """One pass, which begins when the first batch is asked for: it may draw random numbers."""
+        for batch in loader:
+            yield self._place(batch)
+
+    def _endless(self) -> Iterator[Any]:
+        while True:
+            yield self._place(self._draw())
+
+    def _training_data(self) -> Any:
+        # `trainer.train_dataloader` is there only once the training goes on; its source is there from the start.
+        loader = self.trainer.fit_loop._data_source.dataloader()
+        if getattr(loader, "persistent_workers", False):  # they serve one pass, and that may be under way
+            loader = copy(loader)
+            loader._iterator = None
+        return loader
+
+    def _place(self, batch: Any) -> Any:
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        return self.trainer.strategy.batch_to_device(batch, self.module.device)
+
     def _next(self) -> Any:
         if self.data is None:
             return self.current
-        batch = self.trainer.precision_plugin.convert_input(self._draw())
-        return self.trainer.strategy.batch_to_device(batch, self.module.device)
+        return self._place(self._draw())
 
     def _draw(self) -> Any:
         with randomness.seeded(self.seed + self.drawn):
@@ -103,6 +147,21 @@ class TrainerProbe:
                 f"`probe_loss` gave {value!r:.100}, which is not a loss: return a tensor with one element, or a number."
             )
         return value
+
+
+@contextmanager
+def _unmoved(loader: Any) -> Iterator[None]:
+    """Goes through a loader beside the training; its place, if it knows one, and its generator are put back."""
+    place = loader.state_dict() if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") else None
+    generator = getattr(loader, "generator", None)
+    drawn = generator.get_state() if isinstance(generator, torch.Generator) else None
+    try:
+        yield
+    finally:
+        if place is not None:
+            loader.load_state_dict(place)
+        if generator is not None and drawn is not None:
+            generator.set_state(drawn)
 
 
 def training_step_loss(module: Any, batch: Any) -> Tensor:

@@ -41,12 +41,12 @@ _SIZE = 9.5
 
 
 class HistoryLike(Protocol):
-    """What was selected when: steps (h of them), masks (bool, shape (h, n)) and n unit names."""
+    """What was selected when: steps (h of them), how much of each unit (shape (h, n), in [0, 1]) and n unit names."""
 
     @property
     def steps(self) -> Sequence[int]: ...
     @property
-    def masks(self) -> Tensor: ...
+    def amounts(self) -> Tensor: ...
     @property
     def names(self) -> Sequence[str]: ...
 
@@ -67,7 +67,7 @@ def shares(history: HistoryLike, total_steps: int) -> tuple[list[str], np.ndarra
     owners = [_layer(name) for name in history.names]
     layers = list(dict.fromkeys(owners))
     member = np.array([[owner == layer for owner in owners] for layer in layers], dtype=np.float64)
-    chosen = np.asarray(history.masks.numpy(), dtype=np.float64) @ (member / member.sum(1, keepdims=True)).T
+    chosen = np.asarray(history.amounts.numpy(), dtype=np.float64) @ (member / member.sum(1, keepdims=True)).T
     last = np.searchsorted(np.asarray(history.steps), np.arange(total_steps), side="right") - 1
     return layers, np.where(last >= 0, chosen[last].T, np.nan)
 
@@ -116,6 +116,57 @@ def selection_heatmap(
         scale.set_label("share of the layer's units that are trained", size=_SIZE)
     figure.suptitle(title, fontsize=12)
     return _save(figure, path)
+
+
+def density_heatmap(histories: Mapping[str, HistoryLike], path: str | Path, title: str = "") -> Path:
+    """Draws the share of selected entries of every matrix at the end of a run, one panel per run, layers from below.
+
+    Args:
+        histories: Selections of entries by title of the panel.
+        path: Where the picture goes; the suffix says the format.
+        title: Above all panels.
+
+    Returns:
+        ``path``.
+    """
+    figure = Figure(figsize=(7.0, 0.9 + 2.1 * len(histories)), layout="constrained", dpi=160)
+    axes = figure.subplots(len(histories), 1, squeeze=False)[:, 0]
+    for (name, history), axis in zip(histories.items(), axes, strict=True):
+        layers, kinds, grid = densities(history)
+        image = axis.imshow(100 * grid, aspect="auto", interpolation="nearest", origin="lower", vmin=0, cmap=_TRAINED)
+        axis.set_title(name, loc="left", fontsize=10.5, fontweight="bold")
+        axis.set_ylabel("layer", fontsize=_SIZE)
+        axis.set_xticks(range(len(kinds)), kinds, fontsize=8)
+        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_ylim(-0.5, len(layers) - 0.5)
+        figure.colorbar(image, ax=axis, pad=0.01).set_label("% of its entries", size=_SIZE)
+    figure.suptitle(title, fontsize=12)
+    return _save(figure, path)
+
+
+def densities(history: HistoryLike) -> tuple[list[str], list[str], np.ndarray]:
+    """How much of every matrix was selected last.
+
+    Args:
+        history: Selections of entries; names of tensors end with the matrix and ``weight``.
+
+    Returns:
+        Names of the layers, of the matrices in a layer, and the shares, float64, shape (layers, matrices), NaN where a
+        layer has no such matrix.
+    """
+    places = [(_layer(name), _matrix(name)) for name in history.names]
+    layers = list(dict.fromkeys(layer for layer, _ in places))
+    kinds = list(dict.fromkeys(kind for _, kind in places))
+    grid = np.full((len(layers), len(kinds)), np.nan)
+    for (layer, kind), share in zip(places, history.amounts[-1].tolist(), strict=True):
+        grid[layers.index(layer), kinds.index(kind)] = share
+    return layers, kinds, grid
+
+
+def _matrix(name: str) -> str:
+    """What the tensor is called inside its layer, without what all names there have in common."""
+    inside = name.removeprefix(_layer(name)).strip(".").removesuffix("weight").strip(".")
+    return inside.rpartition(".")[2] or name
 
 
 def memory_timeline(timelines: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path, title: str = "") -> Path:

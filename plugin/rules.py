@@ -186,11 +186,14 @@ class TopK:
         return (kept | self._best(draw, ~kept, more) if more >= 0 else self._best(draw, kept, draw.k)), {}
 
     def _best(self, draw: Draw, among: Tensor, k: int) -> Tensor:
-        order: list[int] = torch.argsort(-draw.scores.cpu().double(), stable=True).tolist()  # NaN sorts last
+        ranking = torch.argsort(-draw.scores.cpu().double(), stable=True)  # NaN sorts last
+        if self.per == "model":
+            return mask_of(ranking[among[ranking]][:k], draw.bound.n)
+        order: list[int] = ranking.tolist()
         parts: dict[object, list[int]] = {}
         for i in among.nonzero().flatten().tolist():
             unit = draw.bound.units[i]
-            parts.setdefault({"model": None, "group": unit.group, "block": unit.block}[self.per], []).append(i)
+            parts.setdefault(unit.group if self.per == "group" else unit.block, []).append(i)
         counts = largest_remainder([len(part) for part in parts.values()], k)
         left = dict(zip(parts, counts, strict=True))
         home = {i: key for key, part in parts.items() for i in part}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from apportion import sync
+from apportion.candidates import EntryRule, EntryScore
+from apportion.rank_units import RankBudget, RankScore
 from apportion.types import Bound, Budget, Draw, Effect, Probe, Rule, Score, State, Units, View, When, resolve
 
 PROBE_STREAM = 0x9E3779B9
@@ -33,6 +35,11 @@ class History:
     masks: Tensor
     names: tuple[str, ...]
 
+    @property
+    def amounts(self) -> Tensor:
+        """How much of each unit was selected: 0 or 1, float64, shape (h, n)."""
+        return self.masks.double()
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -51,26 +58,24 @@ class Slots:
     """
 
     units: Units
-    score: Score
+    score: Any  # a Score, or an EntryScore if entries are the units
     budget: Budget
-    rule: Rule
+    rule: Any  # a Rule, or one that can `open` a pass over entries
     effect: Effect
     select_when: When = field(default_factory=When)
 
+    @property
+    def grain(self) -> str:
+        """``unit`` if the units are whole parameters, ``entry`` if they are entries or rows of them."""
+        return str(getattr(self.units, "grain", "unit"))
+
     def __post_init__(self) -> None:
-        for slot, protocol in (
-            ("units", Units),
-            ("score", Score),
-            ("budget", Budget),
-            ("rule", Rule),
-            ("effect", Effect),
-        ):
+        for slot, protocol in _PROTOCOLS[self.grain].items():
             value = getattr(self, slot)
             if isinstance(value, type) or not isinstance(value, protocol):
-                raise TypeError(
-                    f"`{slot}={value!r}` is not a {protocol.__name__.lower()}: give an instance of one from "
-                    "`apportion`."
-                )
+                raise TypeError(self._misfit(slot, value, protocol))
+        if getattr(self.effect, "grain", "unit") != self.grain:
+            raise TypeError(self._misfit("effect", self.effect, Effect))
         lost = self.score.needs & self.effect.hides
         if lost:
             raise ValueError(
@@ -78,6 +83,36 @@ class Slots:
                 f"`{type(self.effect).__name__}` removes it for unselected units: they would score 0 and never be "
                 "selected again. Use an effect that keeps it, or a score that needs only weights or a loss."
             )
+
+    def _misfit(self, slot: str, value: Any, protocol: type) -> str:
+        name = f"`{slot}={value!r}`"
+        if isinstance(value, type) or not isinstance(value, _KINDS[slot]):
+            return f"{name} is not a {protocol.__name__.lower()}: give an instance of one from `apportion`."
+        kinds = {"unit": "whole parameters", "entry": "entries", "rank": "ranks of adapters"}
+        fitting = _FITTING[self.grain][slot]
+        return (
+            f"{name} is not for {kinds[self.grain]}, which `{self.units!r}` selects: use {fitting} or the like, or "
+            "other units."
+        )
+
+
+_PROTOCOLS: dict[str, dict[str, Any]] = {
+    "unit": {"units": Units, "score": Score, "budget": Budget, "rule": Rule, "effect": Effect},
+    "entry": {"units": Units, "score": EntryScore, "budget": Budget, "rule": EntryRule, "effect": Effect},
+    "rank": {"units": Units, "score": RankScore, "budget": RankBudget, "rule": Rule, "effect": Effect},
+}
+_KINDS: dict[str, Any] = {
+    "units": Units,
+    "score": (Score, EntryScore, RankScore),
+    "budget": (Budget, RankBudget),
+    "rule": (Rule, EntryRule),
+    "effect": Effect,
+}
+_FITTING = {
+    "unit": {"score": "`Uniform()`", "budget": "`Constant(2)`", "rule": "`Sample()`", "effect": "`Freeze()`"},
+    "entry": {"score": "`Magnitude()`", "budget": "`Constant(0.05)`", "rule": "`TopK()`", "effect": "`Compact()`"},
+    "rank": {"score": "`Sensitivity()`", "budget": "`Decay(0.5)`", "rule": "`TopK()`", "effect": "`Prune()`"},
+}
 
 
 class Selection:
@@ -147,11 +182,25 @@ class Selection:
                 f"({', '.join(self._saved_names[:3])} ...), this model has {bound.n} ({', '.join(bound.names[:3])} "
                 "...): resume with the same model and the same `units`."
             )
+        self._prepare(bound)
+        self._bound = bound
+        return bound
+
+    def _prepare(self, bound: Bound) -> None:
+        """Gets the score ready for the units."""
         getattr(self.slots.score, "check", lambda _: None)(bound)  # some scores can only work on some units
         if not self._score:
             self._score = self.slots.score.init(bound.n)
-        self._bound = bound
-        return bound
+
+    @property
+    def choice(self) -> Any:
+        """What an effect applies now; None before the first selection."""
+        return self.mask
+
+    @property
+    def awaits(self) -> bool:
+        """Whether the coming backward pass decides about the selection."""
+        return False
 
     @property
     def count(self) -> int:
@@ -235,6 +284,16 @@ class Selection:
         Raises:
             ValueError: If a model is bound already and its units differ from the saved ones.
         """
+        self._adopt(state)
+        self._score, self._rule = dict(state["score"]), dict(state["rule"])
+        self.mask, self.previous = state["mask"], state["previous"]
+        self.draws.set_state(state["draws"])
+        self.probes.set_state(state["probes"])
+        self._steps = state["steps"].tolist()
+        self._masks = bytearray(state["masks"].flatten().tolist())
+
+    def _adopt(self, state: dict[str, Any]) -> None:
+        """Takes up the counters and the names of the units."""
         names = list(state["names"])
         if self._bound is not None and names and names != list(self._bound.names):
             raise ValueError(
@@ -242,12 +301,6 @@ class Selection:
                 "model's."
             )
         self.step, self.prepared, self._saved_names = int(state["step"]), int(state["prepared"]), names or None
-        self._score, self._rule = dict(state["score"]), dict(state["rule"])
-        self.mask, self.previous = state["mask"], state["previous"]
-        self.draws.set_state(state["draws"])
-        self.probes.set_state(state["probes"])
-        self._steps = state["steps"].tolist()
-        self._masks = bytearray(state["masks"].flatten().tolist())
 
     def describe(self) -> str:
         """The configuration in one line, for comparing ranks."""

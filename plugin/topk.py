@@ -91,7 +91,7 @@ def _scan(scores: Tensor, k: int, taken: Tensor | None, cut: float, strict: bool
         mask = key > cut if strict else key >= cut
         if taken is not None:
             mask[taken[bounds[chunk] : bounds[chunk + 1]] - start] = False
-        at = mask.nonzero().flatten()
+        at = _true(mask)
         found.append((key[at], at + start))
         held += len(at)
         if held > 2 * k:
@@ -100,6 +100,19 @@ def _scan(scores: Tensor, k: int, taken: Tensor | None, cut: float, strict: bool
             found, held = [(keys[kept], index[kept])], k
             cut, strict = float(keys[kept].min()), True  # what comes later has to be better: as good is not enough
     return _joined(found)
+
+
+def _true(mask: Tensor) -> Tensor:
+    """Positions of True in a fresh mask, ascending; where they are few, eight entries are looked at as one number.
+
+    On the CPU `nonzero` takes longer than working out the scores, whatever it finds; this takes a quarter of it.
+    """
+    whole = len(mask) // 8 * 8
+    blocks = mask[:whole].view(torch.int64).nonzero().flatten() if mask.device.type == "cpu" else None
+    if blocks is None or 16 * len(blocks) > whole:
+        return mask.nonzero().flatten()
+    block, place = mask[:whole].view(-1, 8)[blocks].nonzero().unbind(1)
+    return torch.cat([blocks[block] * 8 + place, mask[whole:].nonzero().flatten() + whole])
 
 
 def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

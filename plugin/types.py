@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -202,11 +202,11 @@ class Effect(Protocol):
     def open(self, owner: Owner, key: str, bound: Bound) -> None:
         """Announces the parameters that the selection called ``key`` decides about."""
 
-    def apply(self, owner: Owner, key: str, bound: Bound, mask: Tensor) -> None:
-        """Makes ``mask`` the set that trains."""
+    def apply(self, owner: Owner, key: str, bound: Bound, mask: Any) -> None:
+        """Makes ``mask`` the set that trains: of units (bool, shape (n,)), or a choice of entries."""
 
-    def close(self, owner: Owner, key: str) -> None:
-        """Leaves the model and the optimizers as they were found."""
+    def close(self, owner: Owner, key: str, final: bool = True) -> None:
+        """Leaves the model and the optimizers as they were found; ``final`` as for `Owner.release`."""
 
 
 @dataclass(frozen=True)

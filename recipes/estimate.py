@@ -28,7 +28,22 @@ from apportion.ledger import Parts
 from apportion.recipes.shapes import Shape, config_of, names
 
 # Method to preset class; those on adapters come with LoRA.
-PRESETS = {"lisa": "LISA", "ist": "IST", "rst": "RST", "hft": "HFT", "badam": "BAdam", "owlore": "OwLore"}
+PRESETS = {
+    "lisa": "LISA",
+    "ist": "IST",
+    "rst": "RST",
+    "hft": "HFT",
+    "badam": "BAdam",
+    "owlore": "OwLore",
+    "id3": "ID3",
+    "lift": "LIFT",
+    "sara": "SaRA",
+    "sift": "SIFT",
+    "fish": "FISH",
+    "pafi": "PaFI",
+    "random": "Random",
+    "bitfit": "BitFit",
+}
 METHODS = ("full", "lora", *PRESETS)
 TABLE = ("full", "lora", "lisa", "ist", "badam", "hft")
 _ON_ADAPTERS = ("lora", "ist", "rst")

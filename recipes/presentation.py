@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from apportion import comparison, report
+from apportion.entry_selection import EntryHistory
 from apportion.selection import History
 
 BAR = "random layers"
@@ -59,7 +60,8 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
     first: dict[str, dict[str, Any]] = {}
     for result in results:
         first.setdefault(result["method"], result)
-    histories = {name: result["history"] for name, result in first.items() if result["history"]}
+    told = {name: result["history"] for name, result in first.items() if result["history"]}
+    histories = {name: history for name, history in told.items() if "masks" in history}
     pictures: dict[str, Path] = {}
     if histories:
         caption = (
@@ -71,6 +73,13 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
         drawn = {n: History(h["steps"], masks[n], tuple(h["names"])) for n, h in histories.items()}
         steps = max(result["steps"] for result in first.values())
         pictures[caption] = report.selection_heatmap(drawn, steps, folder / "layers.png")
+    entries = {name: _entries(history) for name, history in told.items() if "counts" in history}
+    if entries:
+        caption = (
+            "Where the selected entries lie at the end of the run, first seed: the share of each matrix that is "
+            "trained. Every panel has a scale of its own."
+        )
+        pictures[caption] = report.density_heatmap(entries, folder / "density.png")
     timelines = {name: result["timeline"] for name, result in first.items() if result["timeline"]}
     if timelines:
         caption = (
@@ -79,6 +88,11 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
         )
         pictures[caption] = report.memory_timeline(timelines, folder / "memory.png")
     return pictures
+
+
+def _entries(history: dict[str, Any]) -> EntryHistory:
+    counts, sizes = torch.tensor(history["counts"]), torch.tensor(history["sizes"])
+    return EntryHistory(history["steps"], counts, sizes, tuple(history["names"]))
 
 
 def table(rows: Sequence[comparison.Row]) -> Table:

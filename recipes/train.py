@@ -127,7 +127,11 @@ def save_history(path: Path, callback: Any) -> None:
     history = getattr(callback, "history", None)
     if history is None:
         return
-    write(path, {"names": list(history.names), "steps": list(history.steps), "masks": history.masks.int().tolist()})
+    if hasattr(history, "counts"):  # of entries: how many of each tensor
+        chosen = {"counts": history.counts.tolist(), "sizes": history.sizes.tolist()}
+    else:
+        chosen = {"masks": history.masks.int().tolist()}
+    write(path, {"names": list(history.names), "steps": list(history.steps), **chosen})
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:

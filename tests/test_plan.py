@@ -143,9 +143,9 @@ def test_the_budget_pays_for_what_trains_whole_if_it_is_charged() -> None:
         "a.weight": [1, 2],
         "b.weight": [1],
     }
-    with pytest.raises(ValueError, match="of 2 entries has nothing left after the 2"):
+    with pytest.raises(ValueError, match="has nothing left after the 2 entries"):
         select(Small(), Matrices(charge=True), Size(), Constant(2), TopK())
-    with pytest.raises(ValueError, match="counts rows and cannot pay"):
+    with pytest.raises(ValueError, match="of rows cannot pay"):
         select(Small(), Matrices(pool="sum", charge=True), Size(), Constant(3), TopK())
 
 
