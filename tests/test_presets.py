@@ -15,19 +15,23 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
-from methods import METHODS, Method
+from methods import ENTRY_METHODS, METHODS, PLANNED_METHODS, Method
 from omegaconf import DictConfig, OmegaConf
+from rank_methods import RANK_METHODS
 from torch import nn
 from toys import BLOCKS, Net, lora_net
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import apportion.callbacks
 from apportion.bandit import SuppressionReward, candidate_sets, updated
-from apportion.budgets import Constant, Polynomial
+from apportion.budgets import Constant, Increment, Polynomial
 from apportion.callbacks import HFT, IST, LISA, RST, BAdam, OwLore
 from apportion.callbacks.badam import block_interval
 from apportion.driver import SelectiveTuning
-from apportion.effects import Freeze
+from apportion.effects import Compact, Freeze
+from apportion.entry_units import Entries, Rows
+from apportion.lamp import Lamp
+from apportion.penalties import Nuclear
 from apportion.rules import Balanced, Cycle, Sample, TopK
 from apportion.scores import Outlier, Uniform, WeightNorm
 from apportion.selection import Selection, Slots
@@ -36,6 +40,8 @@ from apportion.units import Layers
 
 SLOTS = Path(apportion.callbacks.__file__).parents[1] / "conf" / "slots"
 PRESETS = sorted(METHODS)
+TABLE: dict[str, Any] = {**METHODS, **ENTRY_METHODS, **PLANNED_METHODS, **RANK_METHODS}
+ALL = sorted(TABLE)
 
 
 def select(method: SelectiveTuning, model: nn.Module, steps: int, probe: Any = None) -> Selection:
@@ -66,9 +72,9 @@ class Losses:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_preset_is_only_a_constructor(name: str) -> None:
-    preset = METHODS[name].preset
+    preset = TABLE[name].preset
     assert {key for key in vars(preset) if not key.startswith("__")} == set()
     assert "__init__" in vars(preset)
     assert preset.__mro__[1] is SelectiveTuning
@@ -77,23 +83,23 @@ def test_a_preset_is_only_a_constructor(name: str) -> None:
 def test_the_table_has_every_preset_and_every_preset_a_file() -> None:
     exported = {getattr(apportion.callbacks, name) for name in apportion.callbacks.__all__}
     presets = {kind for kind in exported if isinstance(kind, type) and issubclass(kind, SelectiveTuning)}
-    assert {method.preset for method in METHODS.values()} == presets
-    for name in PRESETS:
+    assert {method.preset for method in TABLE.values()} == presets
+    for name in ALL:
         assert (SLOTS / "callbacks" / f"{name}.yaml").is_file()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ALL)
 def test_docstrings_name_every_argument_the_differences_and_the_source(name: str) -> None:
-    doc = inspect.getdoc(METHODS[name].preset) or ""
-    for argument in inspect.signature(METHODS[name].preset).parameters:
+    doc = inspect.getdoc(TABLE[name].preset) or ""
+    for argument in inspect.signature(TABLE[name].preset).parameters:
         assert f"\n    {argument}: " in doc
     for part in ("Example:", "Differences:", "Not shown:", "References:", "https://arxiv.org/abs/"):
         assert part in doc
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ALL)
 def test_presets_pickle_and_copy(name: str) -> None:
-    method = METHODS[name].make()
+    method = TABLE[name].make()
     for twin in (pickle.loads(pickle.dumps(method)), deepcopy(method)):
         assert twin.slots == method.slots
         assert (twin.seed, twin.name) == (method.seed, method.name)
@@ -117,10 +123,13 @@ def node_of(path: Path) -> dict[str, Any]:
 def test_every_file_mirrors_its_constructor(path: Path) -> None:
     node = node_of(path)
     assert node.pop("_convert_") == "all"
-    parameters = inspect.signature(get_class(node.pop("_target_"))).parameters
+    target = node.pop("_target_")
+    parameters = inspect.signature(get_class(target)).parameters
     assert list(node) == list(parameters)
     for name, parameter in parameters.items():
-        if parameter.default is not inspect.Parameter.empty:
+        if isinstance(node[name], dict) and "_target_" in node[name]:  # another slot, made anew for every instance
+            assert instantiate(node[name]) == getattr(get_class(target)(), name)
+        elif parameter.default is not inspect.Parameter.empty:
             assert node[name] == parameter.default
             assert type(node[name]) is type(parameter.default)
 
@@ -132,19 +141,19 @@ def test_every_argument_in_a_file_has_a_comment(path: Path) -> None:
         assert line.startswith("#") or key in ("_target_", "_convert_", path.stem) or "  # " in line
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_sweep_over_the_seed_of_an_app_reaches_the_draws(name: str) -> None:
     app = OmegaConf.merge({"seed": 5}, OmegaConf.load(SLOTS / "callbacks" / f"{name}.yaml"))
-    assert instantiate(app)[name].seed == METHODS[name].preset(seed=5).seed
+    assert instantiate(app)[name].seed == TABLE[name].preset(seed=5).seed
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ALL)
 def test_an_instantiated_file_equals_the_constructor(name: str) -> None:
     made = instantiate(OmegaConf.load(SLOTS / "callbacks" / f"{name}.yaml"))[name]
-    assert type(made) is METHODS[name].preset
-    assert made.slots == METHODS[name].preset().slots
-    assert made.seed == METHODS[name].preset().seed
-    assert hash(made.slots.score) == hash(METHODS[name].preset().slots.score)  # no list or dict of OmegaConf got in
+    assert type(made) is TABLE[name].preset
+    assert made.slots == TABLE[name].preset().slots
+    assert made.seed == TABLE[name].preset().seed
+    assert hash(made.slots.score) == hash(TABLE[name].preset().slots.score)  # no list or dict of OmegaConf got in
 
 
 def foreign(tmp_path: Path, choice: str, *overrides: str) -> DictConfig:
@@ -180,14 +189,38 @@ def test_presets_and_a_free_choice_stand_side_by_side_in_a_foreign_app(tmp_path:
     assert made["compose"].name == "b"
 
 
+FITTING: dict[str, dict[str, str]] = {  # what goes with a slot for other units than those of `compose`
+    "unit": {},
+    "entry": {"units": "entries", "score": "magnitude", "rule": "topk", "effect": "compact"},
+    "rank": {"units": "ranks", "score": "sensitivity", "budget": "decay", "rule": "topk", "effect": "prune"},
+}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_slot_can_be_chosen_by_name_in_a_foreign_app(tmp_path: Path, path: Path) -> None:
     if path.parent.name == "callbacks":
         assert list(foreign(tmp_path, path.stem).callbacks) == [path.stem]
     else:
-        cfg = foreign(tmp_path, "compose", f"{path.parent.name}={path.stem}")
-        target = yaml.safe_load(path.read_text())["_target_"]
-        assert isinstance(getattr(instantiate(cfg.callbacks.compose).slots, path.parent.name), get_class(target))
+        target = get_class(yaml.safe_load(path.read_text())["_target_"])
+        chosen = {**FITTING[getattr(target, "grain", "unit")], path.parent.name: path.stem}
+        cfg = foreign(tmp_path, "compose", *(f"{group}={option}" for group, option in chosen.items()))
+        assert isinstance(getattr(instantiate(cfg.callbacks.compose).slots, path.parent.name), target)
+
+
+def test_slots_of_entries_compose_in_a_foreign_app_without_python(tmp_path: Path) -> None:
+    overrides = ["units=rows", "score=lamp", "budget=increment", "rule=topk", "effect=compact", "units.pool=sum"]
+    overrides += ["score.power=1.0", "rule.grow=true", "budget.amount=50"]
+    overrides += ["effect.penalty={_target_: apportion.penalties.Nuclear, weight: 0.1}"]
+    made = instantiate(foreign(tmp_path, "compose", *overrides).callbacks)["compose"]
+    effect = Compact(penalty=Nuclear(0.1))
+    assert made.slots == Slots(Rows(pool="sum"), Lamp(power=1.0), Increment(50), TopK(grow=True), effect)
+
+
+@pytest.mark.parametrize(("name", "slot"), [("entries", Entries()), ("rows", Rows())])
+def test_the_files_of_entry_units_are_their_defaults(name: str, slot: Entries) -> None:
+    node = OmegaConf.load(SLOTS / "units" / f"{name}.yaml")
+    assert instantiate(node) == slot
+    assert set(node) - {"_target_", "_convert_"} == set(vars(slot))
 
 
 # What they select
