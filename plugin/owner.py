@@ -14,56 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apportion import eligible
-from apportion.master import Master, full_precision_copy
+from apportion import claims, eligible
+from apportion.claims import Claim
+from apportion.places import Slot, reshape
 from apportion.positions import kept_beside, spread_out, take_in
-from apportion.stores import Narrow, Picks, Store
-
-
-@dataclass(eq=False)
-class Claim:
-    """What one selection decides about, and how.
-
-    Attributes:
-        covered: Names of the parameters it decides about.
-        selected: Those that it selects now; all of them at first.
-        state: Fate of the optimizer state of a parameter that stops training: ``drop``, ``keep`` or ``offload``.
-        master: ``fp32`` for full-precision copies of selected half-precision parameters, or None.
-        narrow: Those of which it selects single entries.
-        alone: Those that no other selection may take apart: of which it selects entries or ranks.
-    """
-
-    covered: dict[nn.Parameter, str]
-    selected: set[nn.Parameter]
-    state: str
-    master: str | None
-    narrow: set[nn.Parameter] = field(default_factory=set)
-    alone: set[nn.Parameter] = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class Slot:
-    """A parameter's place: the optimizer that holds it, and what it has while it does not train."""
-
-    optimizer: Optimizer
-    trains: bool = True
-    parked: dict[str, Any] | None = None
-    devices: dict[str, torch.device] = field(default_factory=dict)
-    store: Store | None = None
-    resized: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
-
-    @property
-    def master(self) -> Master | None:
-        """The store, if it is of the whole parameter."""
-        return self.store if isinstance(self.store, Master) else None
+from apportion.stores import Narrow, Picks
 
 
 class Owner:
@@ -92,7 +54,7 @@ class Owner:
             [list(g["param_names"]) if "param_names" in g else None for g in o.param_groups] for o in self.optimizers
         ]
         self.slots: dict[nn.Parameter, Slot] = {
-            p: Slot(o) for o, groups in zip(self.optimizers, self.full, strict=True) for g in groups for p in g
+            p: Slot(p, o) for o, groups in zip(self.optimizers, self.full, strict=True) for g in groups for p in g
         }
         self.averaged: set[nn.Parameter] = set()
         self.opened: dict[str, Any] = {}
@@ -139,31 +101,7 @@ class Owner:
         """
         split = stores or {}
         apart = {*split, *ranks}
-        missing = [name for name, p in covered.items() if p not in self.slots]
-        if missing:
-            raise ValueError(
-                f"No optimizer holds {len(missing)} of the {len(covered)} parameters that `{key}` selects from, such "
-                f"as {', '.join(missing[:3])}: they would be unfrozen but never trained. Build the optimizer over all "
-                "parameters that may ever train (in `configure_optimizers`, before anything is frozen), or exclude "
-                "these from the units."
-            )
-        eligible.check_state(self.optimizers, state)
-        for other, claim in self.claims.items():
-            shared = [name for name, p in covered.items() if p in claim.covered]
-            shared = [name for name in shared if name not in apart and covered[name] not in claim.alone]
-            if (
-                split or claim.narrow
-            ):  # what is not split there trains at every step or at none: no state to disagree on
-                continue
-            if other != key and shared and (claim.state, claim.master) != (state, master):
-                raise ValueError(
-                    f"`{key}` and `{other}` both decide about {shared[0]}, one with state={state!r}, "
-                    f"master={master!r}, the other with state={claim.state!r}, master={claim.master!r}: give both the "
-                    "same effect."
-                )
-        self._check_copies(key, covered, split, master)
-        for name in (name for name in covered if name in apart):
-            self._check_apart(key, name, covered[name])
+        claims.check(self, key, covered, state, master, split, apart)
         if not self._handles:
             self._attach()
         narrow = {covered[name] for name in split}
@@ -182,29 +120,6 @@ class Owner:
         if narrow:
             self.write_groups()
 
-    def _check_apart(self, key: str, name: str, p: nn.Parameter) -> None:
-        for other, claim in self.claims.items():
-            if p in claim.alone:
-                raise ValueError(
-                    f"`{key}` and `{other}` both select entries or ranks of {name}: give each parameter to one of "
-                    "them, by `pattern=` or `exclude=`."
-                )
-        if self.slots[p].store is not None:
-            raise ValueError(_COPIED.format(entries=key, name=name, whole="another selection"))
-
-    def _check_copies(
-        self, key: str, covered: Mapping[str, nn.Parameter], split: Iterable[str], master: str | None
-    ) -> None:
-        """Refuses full-precision copies of tensors of which entries are selected, whichever came first."""
-        for name, p in covered.items():
-            if p.dtype not in (torch.bfloat16, torch.float16):
-                continue
-            for other, claim in self.claims.items():
-                if p in claim.narrow and not split and master == "fp32":
-                    raise ValueError(_COPIED.format(entries=other, name=name, whole=f"`{key}`"))
-                if name in split and p in claim.covered and not claim.narrow and claim.master == "fp32":
-                    raise ValueError(_COPIED.format(entries=key, name=name, whole=f"`{other}`"))
-
     def move(self, key: str, indices: Mapping[nn.Parameter, Tensor], picks: Mapping[nn.Parameter, Picks]) -> None:
         """Makes ``indices`` the entries that train, of parameters that the selection ``key`` selects entries of.
 
@@ -213,25 +128,14 @@ class Owner:
             indices: Sorted flat indices by parameter; parameters that are not named keep theirs.
             picks: Gradients of entries that join in the middle of a step, by parameter.
         """
-        narrow = self.claims[key].narrow
         for p, index in indices.items():
-            assert p in narrow
-            slot, store = self.slots[p], self.narrow(p)
-            if slot.trains:
-                state = slot.optimizer.state.pop(store.leaf, {})
-                store.move(p, index.to(p.device), state, picks.get(p))
-                if state:
-                    slot.optimizer.state[store.leaf] = state
-            else:  # another selection holds it frozen
-                store.move(p, index.to(p.device), slot.parked or {}, None)
+            assert p in self.claims[key].narrow
+            self.slots[p].move(index, picks.get(p))
 
     def vacate(self, key: str) -> None:
         """Forgets which entries the selection ``key`` has, so that none of them leaves when others are loaded."""
         for p in self.claims[key].narrow:
-            slot, store = self.slots[p], self.narrow(p)
-            slot.optimizer.state.pop(store.leaf, None)
-            slot.parked = None
-            store.vacate()
+            self.slots[p].vacate()
 
     def poison(self, key: str) -> None:
         """Makes a gradient scaler skip the coming step, whose gradients have overflown, as it would for any other."""
@@ -243,39 +147,18 @@ class Owner:
         for leaf in leaves:
             leaf.grad = torch.full_like(leaf, torch.inf)
 
-    @torch.no_grad()
     def resize(
         self, p: nn.Parameter, resized: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor] | None
     ) -> None:
-        """Gives a parameter, its copies and its optimizer state another shape.
-
-        Args:
-            p: The parameter.
-            resized: Makes the new tensor from an old one.
-            back: The way back, while checkpoints hold the state in the old shape; None when they do no longer.
-        """
-        old, data = p.shape, resized(p.data)
-        p.grad = None
-        # Autograd remembers the shape of a leaf while any graph over it is alive; another dtype makes it forget.
-        p.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
-        p.data = data
-        slot = self.slots.get(p)
-        if slot is None:
-            return
-        leaf = self.leaf(p)
-        if leaf is not p:
-            leaf.grad, leaf.data = None, resized(leaf.data)
-        for state in (slot.optimizer.state.get(leaf), slot.parked):
-            for key, value in (state or {}).items():
-                if isinstance(value, Tensor) and value.shape == old:
-                    state[key] = resized(value)  # type: ignore[index]
-        slot.resized = None if back is None else (resized, back)
+        """Gives a parameter, its copies and its optimizer state another shape; see `apportion.places.Slot.resize`."""
+        if p in self.slots:
+            self.slots[p].resize(resized, back)
+        else:
+            reshape(p, resized)
 
     def narrow(self, p: nn.Parameter) -> Narrow:
         """The store of a parameter of which single entries are selected."""
-        store = self.slots[p].store
-        assert store is not None
-        return cast(Narrow, store)
+        return self.slots[p].narrow
 
     def select(self, key: str, chosen: Iterable[nn.Parameter]) -> None:
         """Makes ``chosen`` what the selection ``key`` selects, and trains what all claims agree on."""
@@ -285,11 +168,11 @@ class Owner:
             slot = self.slots[p]
             trains = self._agreed(p)
             if slot.trains and not trains:
-                self._park(p, slot, claim.state)
+                slot.park(claim.state)
             elif trains and not slot.trains:
-                self._revive(p, slot)
+                slot.revive()
             if trains and slot.store is None and claim.master == "fp32" and p.dtype in (torch.bfloat16, torch.float16):
-                self._give_master(p, slot)
+                slot.give_master()
         self.write_groups()
 
     def _agreed(self, p: nn.Parameter) -> bool:
@@ -314,13 +197,13 @@ class Owner:
         for p in claim.covered:
             slot = self.slots[p]
             if p in claim.narrow:
-                self._close_narrow(p, slot)
+                slot.close_narrow()
             if any(p in c.covered for c in self.claims.values()):
                 continue
             if not slot.trains:
-                self._revive(p, slot, move=not final)
+                slot.revive(move=not final)
             if slot.master is not None:
-                self._take_master(p, slot, keep=final)
+                slot.take_master(keep=final)
         if not self.claims:
             self.write_groups()
             for handle in self._handles:
@@ -362,73 +245,14 @@ class Owner:
         """What stores hold beside the leaf: indices, ages, first values."""
         for slot in self.slots.values():
             if slot.store is not None and slot.master is None:
-                yield cast(Narrow, slot.store).index
+                yield slot.narrow.index
                 yield from slot.store.saved().values()
 
     # One parameter ----------------------------------------------------------------------------------------------------
 
     def leaf(self, p: nn.Parameter) -> nn.Parameter:
         """What stands in the param group for ``p``: its master if it has one, else itself."""
-        store = self.slots[p].store
-        return p if store is None else store.leaf
-
-    def _park(self, p: nn.Parameter, slot: Slot, policy: str) -> None:
-        state = slot.optimizer.state.pop(self.leaf(p), {})
-        if slot.master is not None:
-            state = {**state, "master": slot.master.leaf.detach()}
-            slot.master.close()
-            slot.store = None
-        self.leaf(p).grad = None
-        slot.trains, slot.parked = False, None
-        p.requires_grad_(False)
-        p.grad = None
-        if policy == "drop" and slot.store is not None:
-            self.narrow(p).forget()
-        if state and policy != "drop":
-            slot.devices = {k: v.device for k, v in state.items() if isinstance(v, Tensor)}
-            slot.parked = {k: _to_host(v) if policy == "offload" else v for k, v in state.items()}
-
-    def _revive(self, p: nn.Parameter, slot: Slot, move: bool = True) -> None:
-        p.requires_grad_(True)
-        slot.trains = True
-        if slot.parked:
-            state = dict(slot.parked)
-            if move:
-                state = {
-                    k: v.to(slot.devices[k], non_blocking=True) if k in slot.devices else v for k, v in state.items()
-                }
-                master = state.pop("master", None)
-                if master is not None:
-                    slot.store = Master(p, master)
-            if state:
-                slot.optimizer.state[self.leaf(p)] = state
-        slot.parked = None
-
-    def _give_master(self, p: nn.Parameter, slot: Slot) -> None:
-        state = slot.optimizer.state.pop(p, None)
-        slot.store = Master(p, full_precision_copy(p))
-        if state:  # of a run without masters
-            slot.optimizer.state[slot.store.leaf] = _cast(state, p.dtype, torch.float32)
-
-    def _take_master(self, p: nn.Parameter, slot: Slot, keep: bool) -> None:
-        assert slot.master is not None
-        state = slot.optimizer.state.pop(slot.master.leaf, {})
-        if keep:
-            state = {**state, "master": slot.master.leaf.detach()}
-        elif state:  # the optimizer may go on without masters
-            state = _cast(state, torch.float32, p.dtype)
-        if state:
-            slot.optimizer.state[p] = state
-        slot.master.close()
-        slot.store = None
-
-    def _close_narrow(self, p: nn.Parameter, slot: Slot) -> None:
-        if slot.store is None:  # the claim has failed before it was made
-            return
-        if slot.store.leaf is not p:
-            slot.optimizer.state.pop(slot.store.leaf, None)  # of entries, which a whole parameter cannot go on with
-        slot.store.close()
-        slot.store, slot.parked = None, None
+        return self.slots[p].leaf
 
     def _keep_beside(self) -> None:
         """A checkpoint may still be written when the run is over: its optimizers go on telling of selected entries."""
@@ -491,22 +315,3 @@ class Owner:
 
 def _with_entries(beside: dict[int, Any], optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "entries": beside}
-
-
-_COPIED = (
-    "`{entries}` selects entries of {name}, of which {whole} keeps a full-precision copy: entries have one of their "
-    "own, so leave `master` out there."
-)
-
-
-def _cast(state: dict[str, Any], old: torch.dtype, new: torch.dtype) -> dict[str, Any]:
-    """Optimizer state in another precision; counts of steps, which are fp32 whatever the parameter is, stay."""
-    return {k: v.to(new) if isinstance(v, Tensor) and v.dtype == old and k != "step" else v for k, v in state.items()}
-
-
-def _to_host(value: Any) -> Any:
-    """A pinned copy on the CPU of a tensor on an accelerator; anything else as it is."""
-    if not isinstance(value, Tensor) or value.device.type == "cpu":
-        return value
-    host = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
-    return host.copy_(value)
