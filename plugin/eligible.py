@@ -52,7 +52,7 @@ def check_state(optimizers: Sequence[Optimizer], policy: str) -> None:
         if policy == "drop" and any(_made_at_construction(state) for state in optimizer.state.values()):
             raise ValueError(
                 f"`{type(optimizer).__name__}` makes its state once, at construction, so it cannot be dropped: use "
-                "`Freeze(state='keep' or 'offload')`, or an optimizer such as AdamW."
+                "`Freeze(state='keep' or 'offload')` if whole layers are selected, or an optimizer such as AdamW."
             )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,31 +59,29 @@ class Orthogonality:
             adapters: The adapters.
             scale: The loss scale in the gradients.
         """
-        factors = [(p, dim) for adapter in adapters for p, dim in ((adapter.a, 0), (adapter.b, 1))]
         groups: dict[object, list[nn.Parameter]] = {}
-        for p, dim in factors:
-            if p.requires_grad and p.numel():
-                groups.setdefault((dim, p.shape, p.dtype, p.device), []).append(p)
+        for adapter in adapters if self.weight else ():
+            for p, dim in ((adapter.a, 0), (adapter.b, 1)):
+                if p.requires_grad and p.numel():
+                    groups.setdefault((dim, p.shape, p.dtype, p.device), []).append(p)
         values = []
-        for (dim, *_), params in (groups if self.weight else {}).items():  # type: ignore[misc]
+        for (dim, *_), params in groups.items():  # type: ignore[misc]
             for piece in pieces(params):
-                value, slopes = penalty([_matrix(p) for p in params[piece]], dim, self.form, len(factors))
-                _add(params[piece], slopes, self.weight * scale)
+                part = params[piece]
+                flat = part if part[0].ndim == 2 else [p.flatten(1) for p in part]
+                value, slopes = penalty(flat, dim, self.form, 2 * len(adapters))
+                _add(part, slopes, self.weight * scale)
                 values.append(value)
         return self.weight * torch.stack(values).sum() if values else torch.zeros(())
-
-
-def _matrix(p: Tensor) -> Tensor:
-    return p if p.ndim == 2 else p.flatten(1)
 
 
 def _add(params: Sequence[nn.Parameter], slopes: Tensor, factor: float) -> None:
     """Adds ``factor`` times the slopes, shape (k, ...), to the gradients of k tensors."""
     parts = slopes.to(params[0].dtype).view(-1, *params[0].shape).unbind(0)
-    grads = []
     for p in params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads.append(p.grad)
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads: Any = [p.grad for p in params]
     torch._foreach_add_(grads, parts, alpha=factor)
 
 
@@ -102,8 +101,8 @@ def penalty(factors: Sequence[Tensor], dim: int, form: str, count: int) -> tuple
     gap = side @ side.mT if dim == 0 else side.mT @ side
     gap.diagonal(dim1=1, dim2=2).sub_(1.0)
     if form == "squares":
-        value, slope = gap.square().sum(), 4.0 * gap
+        value, slope = gap.square().sum(), gap.mul_(4.0)
     else:
         norms = torch.linalg.vector_norm(gap, dim=(1, 2))
-        value, slope = norms.sum() / count, gap * (2.0 / (count * norms.clamp_min(1e-12)))[:, None, None]
+        value, slope = norms.sum() / count, gap.mul_((2.0 / (count * norms.clamp_min(1e-12)))[:, None, None])
     return value, slope @ side if dim == 0 else side @ slope

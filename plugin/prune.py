@@ -31,13 +31,9 @@ def silence(adapters: Sequence[Adapter], masks: Sequence[Tensor]) -> None:
         adapters: The adapters, with all their ranks in memory.
         masks: Selected ranks of each, bool, shapes (r,).
     """
-    gates = [adapter.gate for adapter in adapters]
-    keep = [m.to(p.device, p.dtype).unsqueeze(1 - dim) for (p, dim), m in zip(gates, masks, strict=True)]
-    flat = [
-        k if k.ndim == p.ndim else k.reshape(*k.shape, *[1] * (p.ndim - 2))
-        for (p, _), k in zip(gates, keep, strict=True)
-    ]
-    torch._foreach_mul_([p for p, _ in gates], flat)
+    dead = [(adapter.gate, ~mask) for adapter, mask in zip(adapters, masks, strict=True) if not mask.all()]
+    for (p, dim), out in dead:
+        p.index_fill_(dim, out.nonzero().flatten().to(p.device), 0.0)
 
 
 class Shrunk:

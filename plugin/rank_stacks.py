@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +50,25 @@ def stacked(adapters: Sequence[Adapter]) -> tuple[Stack, ...]:
     return tuple(found)
 
 
-def pieces(tensors: Sequence[Tensor]) -> Iterator[slice]:
+def pieces(tensors: Sequence[Tensor], chosen: Sequence[bool] | None = None) -> Iterator[slice]:
     """Runs of ``tensors``, all of one shape, that are worked on together.
 
+    Args:
+        tensors: The tensors.
+        chosen: Which of them take part; None for all.
+
     Example:
-        >>> list(pieces([torch.ones(2**16)] * 5))
-        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+        >>> tensors = [torch.ones(2**16)] * 5
+        >>> list(pieces(tensors))
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+        >>> list(pieces(tensors, [True, False, True, True, True]))
+        [slice(0, 1, None), slice(2, 4, None), slice(4, 5, None)]
     """
     first = tensors[0]
     size = max(1, CACHE // max(1, first.numel())) if first.device.type == "cpu" else len(tensors)
-    yield from (slice(i, i + size) for i in range(0, len(tensors), size))
+    start = 0
+    for taken, run in groupby([True] * len(tensors) if chosen is None else chosen):
+        end = start + len(list(run))
+        if taken:
+            yield from (slice(i, min(i + size, end)) for i in range(start, end, size))
+        start = end

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -71,26 +71,20 @@ class Sensitivity:
     def update(self, state: State, bound: Triplets, params: Collection[nn.Parameter] | None = None) -> State:
         """The averages, moved in place by one more gradient; tensors without one keep theirs."""
         for i, stack in enumerate(bound.stacks):
-            means = state[f"mean.{i}"].unbind(0)
-            doubts = state[f"doubt.{i}"].unbind(0) if self.uncertainty else means
-            for piece in pieces(stack.params):
-                held = zip(stack.params[piece], means[piece], doubts[piece], strict=True)
-                live = [(p, p.grad, m, d) for p, m, d in held if p.grad is not None and (params is None or p in params)]
-                if live:
-                    weights, grads, mean, doubt = (list(part) for part in zip(*live, strict=True))
-                    self._move(weights, grads, mean, doubt)
+            mean, doubt = state[f"mean.{i}"], state.get(f"doubt.{i}")
+            live = [p.grad is not None and (params is None or p in params) for p in stack.params]
+            for piece in pieces(stack.params, live):
+                self._move(stack.params[piece], mean[piece], None if doubt is None else doubt[piece])
         return state
 
-    def _move(self, weights: list[Tensor], grads: list[Tensor], mean: list[Tensor], doubt: list[Tensor]) -> None:
-        if weights[0].dtype != torch.float32:  # a product of half-precision numbers may vanish
-            weights, grads = [w.float() for w in weights], [g.float() for g in grads]
-        now = torch._foreach_mul(weights, grads)
-        torch._foreach_abs_(now)
-        torch._foreach_lerp_(mean, now, 1.0 - self.beta1)
-        if self.uncertainty:
-            torch._foreach_sub_(now, mean)
-            torch._foreach_abs_(now)
-            torch._foreach_lerp_(doubt, now, 1.0 - self.beta2)
+    def _move(self, params: Sequence[nn.Parameter], mean: Tensor, doubt: Tensor | None) -> None:
+        """Moves averages, shape (k, ...), by the gradients of k tensors."""
+        grads: Any = [p.grad for p in params]
+        now = torch.stack(list(params)).float()  # a product of half-precision numbers may vanish
+        now.mul_(torch.stack(grads)).abs_()
+        mean.lerp_(now, 1.0 - self.beta1)
+        if doubt is not None:
+            doubt.lerp_(now.sub_(mean).abs_(), 1.0 - self.beta2)
 
     @torch.no_grad()
     def scores(self, state: State, bound: Triplets) -> Tensor:

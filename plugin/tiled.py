@@ -85,7 +85,7 @@ class Tiles:
         """
         found = gy.new_empty(len(self.index))
         most = max((stop - start for start, stop, _, _ in self.cuts), default=0)
-        room = gy.new_empty(most, self.width)  # one for all tiles: fresh memory costs the CPU as much as the products
+        room = gy.new_empty(most, self.width)  # one for all tiles, which stays in the cache
         for start, stop, first, last in self.cuts:
             tile = room[: stop - start]
             index = self.index[first:last]
@@ -138,7 +138,7 @@ class TiledForward:
     def __init__(self, module: nn.Linear, p: nn.Parameter, store: Taker, hook: int, always: bool = False) -> None:
         self.module, self.p, self.store, self.hook, self.always = module, p, store, hook, always
         self._tiles: Tiles | None = None
-        module.forward = self  # type: ignore[assignment]
+        module.forward = self  # type: ignore[method-assign]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the layer, or a saved one, has its class's own forward pass."""
@@ -157,9 +157,7 @@ class TiledForward:
         kind = input.device.type
         if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(kind))  # here, so that what is kept for backward is the cast one
-        out: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            input, self.p.detach(), self.module.bias, self.store.leaf, tiles, self.store
-        )
+        out: Tensor = _Linear.apply(input, self.p.detach(), self.module.bias, self.store.leaf, tiles, self.store)
         return out
 
     def _now(self) -> Tiles | None:

@@ -392,3 +392,49 @@ def test_gradients_that_are_thrown_away_leave_no_trace(micro_batches: int | None
             optimizer.zero_grad()
         runs.append(snapshot(model))
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
+def test_a_step_without_any_gradient_gives_the_decision_to_the_next() -> None:
+    """A batch that was left out: nothing moves, nothing is chosen, and the next step chooses, whatever the period."""
+    model = Everything()
+    optimizer = Selective(adamw(model.parameters()), model, growing(60, every=4), total_steps=8)
+    before = snapshot(model)
+    optimizer.step()
+    assert optimizer.selection.history.steps == []
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
+    for (batch,) in windows(4):
+        model.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.selection.history.steps == [1, 4]
+
+
+def test_entries_of_a_tensor_that_the_loss_leaves_out_wait_for_a_gradient() -> None:
+    """They may be chosen, where there is nothing better, but decay does not move them."""
+    model = nn.ModuleDict({"used": nn.Linear(3, 1, bias=False), "unused": nn.Linear(3, 1, bias=False)})
+    optimizer = Selective(adamw(model.parameters()), model, growing(6), total_steps=2)
+    before = snapshot(model)
+    for counts in ([3, 0], [3, 3]):
+        model["used"](torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.selection.history.counts[-1].tolist() == counts
+    assert torch.equal(model["unused"].weight, before["unused.weight"])
+    assert bool((model["used"].weight != before["used.weight"]).all())
+    (model["used"](torch.ones(1, 3)) * model["unused"](torch.ones(1, 3))).sum().backward()
+    optimizer.step()
+    assert bool((model["unused"].weight != before["unused.weight"]).all())
+
+
+@pytest.mark.parametrize("micro_batches", [1, None])
+def test_a_gradient_that_is_not_finite_is_taken_as_it_is_where_there_is_no_scaler(micro_batches: int | None) -> None:
+    """As any optimizer takes it: what trains steps, and what joins is what is finite."""
+    model = Slopes(torch.zeros(4))
+    optimizer = Selective(
+        optim.SGD(model.parameters(), lr=1.0), model, growing(2), total_steps=2, micro_batches=micro_batches
+    )
+    for grad in ([4.0, 3.0, 2.0, 1.0], [4.0, float("inf"), 2.0, float("nan")]):
+        model.loss(torch.tensor(grad)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.weight.tolist() == [-8.0, 0.0, -2.0, 0.0]

@@ -219,6 +219,29 @@ def test_the_selection_can_change_while_its_layer_is_frozen() -> None:
     base.step()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_moments_of_whole_tensors_are_no_moments_of_entries(frozen: bool) -> None:
+    """Neither those at work when the entries come, nor those that wait."""
+    model = nn.Linear(3, 1, bias=False)
+    base = optim.AdamW(model.parameters(), lr=1e-2)
+    owner = Owner.of([base])
+    owner.claim("layers", {"weight": model.weight}, "keep", None)
+    model(torch.ones(1, 3)).sum().backward()
+    base.step()
+    base.zero_grad()
+    if frozen:
+        owner.select("layers", [])
+    optimizer = Selective(base, model, listed([{"weight": torch.tensor([[True, True, False]])}]))
+    assert optimizer.owner is owner
+    owner.select("layers", [model.weight])
+    assert set(base.state) <= {owner.leaf(model.weight)}
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = base.state[owner.leaf(model.weight)]
+    assert state["exp_avg"].shape == (2,)
+    assert float(state["step"]) == 1.0
+
+
 def test_moments_that_are_dropped_take_the_ages_of_their_entries_along() -> None:
     """Otherwise the bias of moments that start anew would be corrected as that of old ones."""
     model = nn.Linear(3, 1, bias=False)

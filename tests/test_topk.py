@@ -309,3 +309,10 @@ def test_a_part_that_is_complete_holds_no_more_than_its_count() -> None:
     assert split.streams[1].held == 5
     split.push(1, torch.rand(50))
     assert split.streams[0].held == 3
+
+
+@pytest.mark.parametrize("n", [0, 3, 8, 200, 207])
+@pytest.mark.parametrize("every", [1, 5, 41, 1000])
+def test_positions_in_a_mask_are_found_whether_they_are_few_or_many(n: int, every: int) -> None:
+    mask = torch.arange(n, 0, -1) % every == 1 % every  # the last one is among them
+    assert apportion.topk._true(mask).tolist() == [i for i in range(n) if bool(mask[i])]
