@@ -119,8 +119,7 @@ class Collector:
             while self._next < len(self._order):
                 self._look(self._order[self._next])
                 self._next += 1
-        told = sync.mean(torch.tensor([float(self.overflown), *map(float, self.had)])) > 0.0
-        self.overflown, *self.had = told.tolist()
+        self.had = (sync.mean(torch.tensor([float(had) for had in self.had])) > 0.0).tolist()
         self.blank = not any(self.had)
         for store, there in zip(self.stores, self.had, strict=True):
             if not there:  # nor may its entries have a gradient of zero: decay would move them

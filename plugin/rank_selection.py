@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,7 @@ class RankSelection(Selection):
 
     @property
     def _budget(self) -> RankBudget:
-        budget = self.slots.budget
-        assert isinstance(budget, RankBudget)
-        return budget
+        return cast(RankBudget, self.slots.budget)
 
     def _prepare(self, bound: Bound) -> None:
         """Gets the score ready for the ranks; a restored one goes where the adapters are."""
