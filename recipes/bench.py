@@ -8,17 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from apportion.recipes import bench_memory, bench_overhead
+from apportion.recipes import bench_entries, bench_memory, bench_overhead
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the memory bars, then the overhead of the callback's hooks; 1 if a bar is missed.
+    """Runs the memory bars, the overhead of the callback's hooks, the bars of single entries; 1 if one is missed.
 
     Args:
         arguments: Command line: ``--out FOLDER``, by default results/.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return max(bench_memory.main(given), bench_overhead.main(given))
+    return max([bench_memory.main(given), bench_overhead.main(given), bench_entries.main(given)])
 
 
 if __name__ == "__main__":
