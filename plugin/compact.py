@@ -121,7 +121,7 @@ class Gathered:
             write(p, self.index[carry.left], self.origin[carry.left])
         values = read(p, new).to(self.leaf.dtype)
         values[carry.kept] = self.leaf.detach()[carry.source]  # the master knows more digits than the weight
-        _carry_state(state, carry, len(self.index), reset=self.fate.kept == "reset")
+        carry_state(state, carry, len(self.index), reset=self.fate.kept == "reset")
         if self.age is not None:
             self.age = carry.over(self.age) if self.fate.kept == "keep" else self.age.new_zeros(len(new))
         if self.origin is not None:
@@ -207,10 +207,16 @@ class Gathered:
         self.leaf.grad = None
 
 
-def _carry_state(state: dict[str, Any], carry: Carry, size: int, reset: bool) -> None:
+def carry_state(state: dict[str, Any], carry: Carry, size: int, reset: bool) -> None:
     """Moves optimizer state, in place, from the old selection of ``size`` entries to the new one."""
     if reset:
         state.clear()
     for key, value in state.items():
         if isinstance(value, Tensor) and key != "step" and value.shape == (size,):
+            if not value.is_floating_point() or type(value).__name__ not in ("Tensor", "Parameter", "FakeTensor"):
+                raise ValueError(
+                    f"The optimizer keeps {key!r} of the selected entries as {value.dtype} of type "
+                    f"`{type(value).__name__}` (quantized in blocks?), which cannot follow entries to another "
+                    "selection: use a choice that is made once, or moments of 32 or 16 bits."
+                )
             state[key] = carry.over(value)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apportion.compact import Fate, _carry_state
+from apportion.compact import Fate, carry_state
 from apportion.stores import Carry, Picks, Watch, index_type, read, write
 
 
@@ -59,7 +59,7 @@ class Held:
             write(p, self.index[carry.left], read(self.origin, self.index[carry.left]))
         sparse = {k: read(v, self.index) for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape}
         dense = {k: state[k] for k in sparse if k != "step"}
-        _carry_state(sparse, carry, len(self.index), reset=self.fate.kept == "reset")
+        carry_state(sparse, carry, len(self.index), reset=self.fate.kept == "reset")
         if self.fate.kept == "reset":
             state.clear()
         else:

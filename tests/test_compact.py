@@ -490,3 +490,11 @@ def test_ages_need_adams_bias_correction() -> None:
     model = matrices()
     with pytest.raises(ValueError, match=r"`Compact\(age='entry'\)` corrects Adam's bias.*`SGD` has none"):
         Selective(optim.SGD(model.parameters(), lr=0.1), model, listed([drawn(model)], Compact(age="entry")))
+
+
+def test_state_that_is_quantized_in_blocks_is_not_carried_to_another_selection() -> None:
+    p = nn.Parameter(torch.arange(8.0))
+    store = Gathered(p, Fate())
+    store.move(p, torch.tensor([1, 2]), {})
+    with pytest.raises(ValueError, match=r"keeps 'exp_avg' .* torch.uint8.*made once"):
+        store.move(p, torch.tensor([2, 3]), {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2, dtype=torch.uint8)})
