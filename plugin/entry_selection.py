@@ -8,6 +8,7 @@ and the entries that it chooses move at that very step. In between nothing is do
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,6 +221,8 @@ class EntrySelection(Selection):
             new = new.to(kind)
             self._entered += len(new) if grows else len(new) - len(Carry.between(old, new).kept)
             units.append(merged(old, new) if grows else new)
+        if not getattr(self.slots.rule, "budgeted", True) and not any(map(len, units)):
+            self._say_nothing_is_selected()
         if sync.world_size() > 1:
             sync.agree(f"the selection of `{self.label}` at step {self.step}", _digest(chosen))
         self.units = units
@@ -228,6 +231,12 @@ class EntrySelection(Selection):
         choice = self.choice
         assert choice is not None
         return Choice(choice.indices, picks)
+
+    def _say_nothing_is_selected(self) -> None:
+        said = f"`{self.slots.rule!r}` of `{self.label}` selected none of {sum(self.bound.counts)} units"
+        if self.units is None:
+            raise ValueError(f"{said} at its first choice, so that nothing would train: lower what a score must exceed.")
+        warnings.warn(f"{said} at step {self.step}: from here on nothing of them trains.", stacklevel=2)
 
     # What is told and kept --------------------------------------------------------------------------------------------
 

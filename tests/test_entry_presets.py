@@ -318,6 +318,15 @@ def test_lift_refreshes_and_entries_that_leave_keep_their_value_or_go_back(leavi
 SMALL: Matrices = {"a": [[1e-3, -5e-4], [1e-2, -3e-3]]}
 
 
+def test_a_threshold_that_no_entry_passes_is_refused_at_first_and_told_later() -> None:
+    grads: Matrices = {"a": [[-1e-2, 1e-2], [0.0, 0.0]]}  # both small ones grow past the threshold in two steps
+    with pytest.raises(ValueError, match=r"`Threshold\(.*selected none of 4 units at its first choice"):
+        follow(SaRA(threshold=1e-6, nuclear=0.0), Given(SMALL, grads), 1)
+    with pytest.warns(UserWarning, match="none of 4 units at step 2: from here on nothing of them trains"):
+        seen = follow(SaRA(threshold=2e-3, progressive_step=2, nuclear=0.0), Given(SMALL, grads), 3)
+    assert [chosen["w.a"] for chosen in seen.chosen] == [[0, 1], [0, 1], []]
+
+
 def test_sara_takes_what_is_below_its_threshold_and_later_what_stayed_there() -> None:
     module = Given(SMALL, {"a": [[-1e-2, 0.0], [0.0, 0.0]]})  # 1e-3 a step: 1, 2, 3e-3
     method = SaRA(threshold=2e-3, progressive_step=2, nuclear=0.0)
