@@ -235,7 +235,7 @@ class EntrySelection(Selection):
     def _say_nothing_is_selected(self) -> None:
         said = f"`{self.slots.rule!r}` of `{self.label}` selected none of {sum(self.bound.counts)} units"
         if self.units is None:
-            raise ValueError(f"{said} at its first choice, so that nothing would train: lower what a score must exceed.")
+            raise ValueError(f"{said} at its first choice: nothing would train, so lower what a score must exceed.")
         warnings.warn(f"{said} at step {self.step}: from here on nothing of them trains.", stacklevel=2)
 
     # What is told and kept --------------------------------------------------------------------------------------------
