@@ -6,7 +6,7 @@
     state    two moments under Adam           8 k
 
 The dense gradient lives from the moment autograd has finished it until the selected entries are taken out of it, one
-tensor at a time; that of a large linear map is made tile by tile and never whole (`apportion.tiled`).
+tensor at a time; that of a large linear map is made for those entries alone (`apportion.tiled`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from apportion import ages
 from apportion.stores import Carry, Picks, Watch, index_type, read, write
-from apportion.tiled import TiledForward
+from apportion.tiled import SparseForward
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Gathered:
         p: The parameter.
         fate: What happens when the selection changes.
         optimizer: The optimizer that holds the leaf, if entries have ages of their own.
-        layer: The linear layer whose weight ``p`` is, if its backward pass shall take the entries tile by tile.
-        always: Whether it shall do so although that does not pay.
+        layer: The linear layer whose weight ``p`` is, if its backward pass may work out the selected entries alone.
+        capture: How, see `apportion.tiled.layout`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Gathered:
         fate: Fate,
         optimizer: Optimizer | None = None,
         layer: nn.Linear | None = None,
-        always: bool = False,
+        capture: str = "auto",
     ) -> None:
         self.fate, self.optimizer = fate, optimizer
         self.watch: Watch | None = None
@@ -88,7 +88,7 @@ class Gathered:
         self._version = p._version
         self._before: Tensor | None = None
         self._handle = p.register_post_accumulate_grad_hook(self._arrived)
-        self._tiled = None if layer is None else TiledForward(layer, p, self, self._handle.id, always)
+        self._forward = None if layer is None else SparseForward(layer, p, self, self._handle.id, capture)
 
     def _arrived(self, p: Any) -> None:
         if p.grad is not None and not (self.watch is not None and self.watch(p)):
@@ -202,8 +202,8 @@ class Gathered:
     def close(self) -> None:
         """Removes the hook; the parameter keeps its last values."""
         self._handle.remove()
-        if self._tiled is not None:
-            self._tiled.detach()
+        if self._forward is not None:
+            self._forward.detach()
         self.leaf.grad = None
 
 

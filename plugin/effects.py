@@ -82,9 +82,8 @@ class Compact:
 
     Of each tensor the selected entries stand in its place in the param group, as one vector, with the same learning
     rate, decay, schedule and clipping. That costs 20 bytes an entry with AdamW: 4 for its index, 4 for its value in
-    fp32, 4 for its gradient, 8 for two moments. Dense gradients live one tensor at a time, those of large linear layers
-    one tile at a time; at steps whose gradients decide about the selection and are summed over several micro-batches,
-    all of them live until the last.
+    fp32, 4 for its gradient, 8 for two moments. Dense gradients live one tensor at a time, if at all; at steps whose
+    gradients decide about the selection and are summed over several micro-batches, all of them live until the last.
 
     Gradients are clipped over what is selected, by Lightning's ``gradient_clip_val`` or over the optimizer's
     parameters. `clip_grad_norm_(model.parameters())` would find no gradient.
@@ -97,9 +96,10 @@ class Compact:
         age: Steps that Adam's bias correction counts: those of the ``tensor``, or of each ``entry`` (4 bytes more).
         penalty: What is added to the gradients of the selected entries before the step, or None.
         capture: How the gradients of selected entries are got. ``hook`` takes them out of the dense gradient of each
-            tensor; ``tiled`` makes that of a linear layer tile by tile, without `torch.autograd.grad` towards its
-            weight and without a gradient of the gradient; ``auto`` goes by tiles where that costs less, see
-            `apportion.tiled.pays`.
+            tensor, so that they are those of dense training bit for bit. Of plain linear layers ``tiled`` makes it tile
+            by tile and ``sampled`` (on the CPU) entry by entry, in another order of summation, without
+            `torch.autograd.grad` towards the weight and without a gradient of the gradient. ``auto`` takes what costs
+            least, see `apportion.tiled.layout`: the hook for small matrices.
 
     Raises:
         ValueError: If an argument is unknown.
@@ -131,9 +131,9 @@ class Compact:
         check_entries(owner.optimizers)
         if self.age == "entry":
             ages.check(owner.optimizers)
-        fate, always = self._fate(), self.capture == "tiled"
-        layers = {p: layer_of(self.capture, unit.module, p) for unit in bound.units for p in unit.params.values()}
-        _open(owner, key, bound, lambda p: Gathered(p, fate, owner.slots[p].optimizer, layers[p], always))
+        fate, how = self._fate(), self.capture
+        layers = {p: layer_of(how, unit.module, p) for unit in bound.units for p in unit.params.values()}
+        _open(owner, key, bound, lambda p: Gathered(p, fate, owner.slots[p].optimizer, layers[p], how))
 
     def apply(self, owner: Owner, key: str, bound: Bound, mask: Choice) -> None:
         """Makes the entries of the choice ``mask`` the ones that train."""

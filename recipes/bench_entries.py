@@ -160,16 +160,18 @@ def markdown(result: dict[str, Any]) -> str:
         f"The bars, for the first line: {BARS['to_masked']} of masked-dense ({said['to_masked']}), {BARS['to_alone']} "
         f"of forward + backward ({said['to_alone']}).",
         "",
-        "## Forward and backward of one linear layer, gradients got by tiles and by a hook",
+        "## Forward and backward of one linear layer, by the way its gradients are got",
         "",
-        f"{result['capture'][0]['tokens']} tokens. Temporaries hold the gradient of the input in either case.",
+        f"{result['capture'][0]['tokens']} tokens. Temporaries hold the gradient of the input in any case.",
         "",
-        "| weight | selected | threads | hook, ms | tiles, ms | tiles / hook | temporaries, MiB, hook | tiles | auto |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| weight | selected | threads | hook, ms | tiled / hook | sampled / hook | temporaries, MiB: hook | tiled "
+        "| sampled | auto |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {c['shape'][0]} x {c['shape'][1]} | {c['share']:.0%}{' of the rows' if c['rows'] else ''} "
-            f"| {c['threads']} | {1e3 * c['hook']:.0f} | {1e3 * c['tiled']:.0f} | {c['ratio']:.3f} "
-            f"| {c['hook_temporaries'] / _MIB:.1f} | {c['tiled_temporaries'] / _MIB:.1f} | {c['auto']} |"
+            f"| {c['threads']} | {1e3 * c['hook']['seconds']:.0f} | {c['tiled']['to_hook']:.3f} "
+            f"| {c['sampled']['to_hook']:.3f} | {c['hook']['temporaries'] / _MIB:.1f} "
+            f"| {c['tiled']['temporaries'] / _MIB:.1f} | {c['sampled']['temporaries'] / _MIB:.1f} | {c['auto']} |"
             for c in result["capture"]
         ),
         "",

@@ -24,7 +24,6 @@ from apportion.entrywise import D3
 from apportion.memory import Tracker
 from apportion.optim import Selective
 from apportion.rules import TopK
-from apportion.tiled import TILE
 from apportion.types import When
 
 UNITS = Entries(head="unit")
@@ -106,8 +105,6 @@ def memory(size: Size, share: float) -> dict[str, Any]:
                 at_selection = {"selection_held": max(_sum(m) for m in moments), "selection_peak": peak}
     k = sum(len(store.index) for store in stores)
     largest = max(p.numel() for p in tensors)
-    if largest >= 2 * TILE:  # made tile by tile, of which one stands beside all that there is after the backward pass
-        moments = [{**m, "dense": max(m["dense"], 4 * TILE)} for m in moments]
     most = max(moments, key=_sum)
     alone = _alone(size)
     allowed = 20 * k + 4 * largest

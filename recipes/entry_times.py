@@ -20,8 +20,12 @@ from apportion.memory import Tracker
 from apportion.optim import Selective
 from apportion.recipes.entry_bars import DECAY, LR, UNITS, Size, adamw, backward, candidates, trainable
 from apportion.rules import TopK
-from apportion.tiled import TILE, Tiles, pays
+from apportion.sampled import Dots
+from apportion.tiled import Tiles, layer_of, layout
 from apportion.types import When
+
+WAYS = ("hook", "tiled", "sampled")
+_NAMES: dict[type, str] = {type(None): "hook", Tiles: "tiled", Dots: "sampled"}
 
 
 def step_time(size: Size, share: float, turns: int, fused: bool) -> dict[str, Any]:
@@ -84,14 +88,15 @@ def step_time(size: Size, share: float, turns: int, fused: bool) -> dict[str, An
         **dict(zip(("compact", "masked", "lean", "alone"), medians, strict=True)),
         **dict(zip(("to_masked", "to_lean", "to_alone"), ratios, strict=True)),
         "same_weights": all(
-            torch.equal(p, q) and torch.allclose(p, r, rtol=1e-5, atol=1e-7)
-            for p, q, r in zip(ours.parameters(), dense.parameters(), thin.parameters(), strict=True)
+            torch.allclose(p, other, rtol=0.0, atol=0.1 * LR)  # a gradient of rounding errors alone moves by the rate
+            for model in (dense, thin)
+            for p, other in zip(ours.parameters(), model.parameters(), strict=True)
         ),
     }
 
 
 def capture(shape: tuple[int, int], share: float, rows: bool, tokens: int, turns: int, threads: int) -> dict[str, Any]:
-    """Forward and backward of one linear layer, its gradients got by tiles and by a hook: times and temporaries.
+    """Forward and backward of one linear layer, with each way to get its gradients: times and temporaries.
 
     Args:
         shape: Of the weight.
@@ -106,43 +111,41 @@ def capture(shape: tuple[int, int], share: float, rows: bool, tokens: int, turns
     gy = torch.randn(tokens, shape[0], generator=generator)
     mask = torch.rand((shape[0], 1) if rows else shape, generator=generator) < share
     index = mask.expand(shape).flatten().nonzero().flatten()
-    layers: list[nn.Linear] = [nn.Linear(shape[1], shape[0], bias=False) for _ in range(2)]
-    weights = [next(layer.parameters()) for layer in layers]
-    stores = [
-        Gathered(weight, Fate(), None, layer if by_tiles else None, by_tiles)
-        for weight, layer, by_tiles in zip(weights, layers, (False, True), strict=True)
-    ]
-    for store, weight in zip(stores, weights, strict=True):
-        store.move(weight, index, {})
+    layers: dict[str, nn.Linear] = {way: nn.Linear(shape[1], shape[0], bias=False) for way in WAYS}
+    stores = {}
+    for way, layer in layers.items():
+        weight = next(layer.parameters())
+        stores[way] = Gathered(weight, Fate(), None, layer_of(way, layer, weight), way)
+        stores[way].move(weight, index, {})
 
-    def run(which: int) -> None:
-        layers[which](x).backward(gy)
-        stores[which].leaf.grad = x.grad = None
+    def run(way: str) -> None:
+        layers[way](x).backward(gy)
+        stores[way].leaf.grad = x.grad = None
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        seconds = take_turns([lambda _: run(0), lambda _: run(1)], repeat(x), turns)
+        seconds = take_turns([lambda _, way=way: run(way) for way in WAYS], repeat(x), turns)  # type: ignore[misc]
     finally:
         torch.set_num_threads(before)
-    temporaries = []
-    for which in range(2):
-        with Tracker(layers[which]) as tracker:
-            run(which)
-        temporaries.append(tracker.highest.temporaries)
-    hook, tiled = (statistics.median(column) for column in zip(*seconds, strict=True))
+    found: dict[str, Any] = {}
+    for i, way in enumerate(WAYS):
+        with Tracker(layers[way]) as tracker:
+            run(way)
+        found[way] = {
+            "seconds": statistics.median(turn[i] for turn in seconds),
+            "to_hook": statistics.median(turn[i] / turn[0] for turn in seconds),
+            "temporaries": tracker.highest.temporaries,
+        }
+    auto = _NAMES[type(layout("auto", index, shape, torch.float32))]
     return {
         "shape": list(shape),
         "share": share,
         "rows": rows,
         "threads": threads,
         "tokens": tokens,
-        "hook": hook,
-        "tiled": tiled,
-        "ratio": statistics.median(t / h for h, t in seconds),
-        "hook_temporaries": temporaries[0],
-        "tiled_temporaries": temporaries[1],
-        "auto": "tiled" if pays(Tiles.of(index, shape, TILE), weights[0]) else "hook",
+        "auto": auto,
+        **found,
     }
 
 

@@ -23,7 +23,7 @@ PLAN = Plan(
     timed=TINY,
     shares=(0.05,),
     turns=3,
-    layers=(((64, 48), 0.05, False), ((64, 48), 0.05, True)),
+    layers=(((256, 96), 0.05, False), ((256, 96), 0.05, True)),
     layer_tokens=8,
     layer_turns=1,
     threads=(1,),
@@ -82,8 +82,11 @@ def test_all_figures_are_there_and_the_memory_bar_is_kept(figures: dict[str, Any
     assert [t["optimizer"] for t in figures["step"]] == ["AdamW", "AdamW, fused"]
     assert all(t["same_weights"] for t in figures["step"])
     assert [c["auto"] for c in figures["capture"]] == ["hook", "tiled"]
-    assert figures["capture"][0]["hook_temporaries"] >= 4 * 64 * 48
-    assert figures["capture"][1]["tiled_temporaries"] < figures["capture"][1]["hook_temporaries"]
+    for c in figures["capture"]:
+        assert c["hook"]["to_hook"] == 1.0
+        assert c["hook"]["temporaries"] >= 4 * 256 * 96
+        assert c["sampled"]["temporaries"] < 4 * 256 * 96
+        assert (c["tiled"]["temporaries"] < 4 * 256 * 96) is c["rows"]
     assert figures["rival"]["same_masks"]
     assert all(0.0 <= f[key] <= 1.0 for f in figures["refresh"] for key in ("cold_overlap", "warm_overlap"))
     assert {f["values"] for f in figures["refresh"]} == {"noise", "j^-0.35"}

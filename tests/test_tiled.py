@@ -1,4 +1,4 @@
-"""Gradients by tiles: what a hook would take out of the whole gradient, without the whole gradient."""
+"""Gradients of selected entries by tiles and by dot products: what a hook would take out of the whole gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from apportion import tiled
+from apportion import sampled, tiled
 from apportion.budgets import Increment
 from apportion.calibrate import gather
 from apportion.candidates import Calibration
@@ -27,7 +27,8 @@ from apportion.entrywise import D3
 from apportion.memory import Tracker
 from apportion.optim import Selective
 from apportion.rules import TopK
-from apportion.tiled import TiledForward, Tiles, layer_of, pays
+from apportion.sampled import Dots
+from apportion.tiled import SparseForward, Tiles, layer_of, layout
 
 LINEAR = Entries(bias="unit")
 
@@ -115,7 +116,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.data())
-def test_tiles_give_the_entries_of_the_product(data: st.DataObject) -> None:
+def test_tiles_and_dots_give_the_entries_of_the_product(data: st.DataObject) -> None:
     height, width, n = (data.draw(st.integers(1, top)) for top in (9, 7, 4))
     seed, size = data.draw(st.integers(0, 2**16)), data.draw(st.integers(1, height * width + 3))
     generator = torch.Generator().manual_seed(seed)
@@ -127,9 +128,43 @@ def test_tiles_give_the_entries_of_the_product(data: st.DataObject) -> None:
     gy = torch.randint(-9, 9, (n, height), generator=generator).float()
     x = torch.randint(-9, 9, (n, width), generator=generator).float()
     tiles = Tiles.of(index, (height, width), size)
-    assert torch.equal(tiles.take(gy, x), (gy.t() @ x).flatten()[index.long()])
+    assert sampled.possible(index, x.dtype)
+    expected = (gy.t() @ x).flatten()[index.long()]
+    assert torch.equal(tiles.take(gy, x), expected)
+    assert torch.equal(Dots.of(index, (height, width)).take(gy, x), expected)
     assert all((stop - start) * width <= max(size, width) for start, stop, _, _ in tiles.cuts)
     assert [last for *_, last in tiles.cuts[:-1]] == [first for *_, first, _ in tiles.cuts[1:]]
+
+
+def test_dots_add_up_over_chunks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampled, "CHUNK", 3)
+    index = torch.tensor([0, 3, 4, 11], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    gy, x = (torch.randint(-9, 9, (8, n), generator=generator).double() for n in (4, 3))
+    assert torch.equal(Dots.of(index, (4, 3)).take(gy, x), (gy.t() @ x).flatten()[index.long()])
+
+
+def test_dots_are_for_the_cpu_and_full_precision() -> None:
+    index = torch.arange(3)
+    assert sampled.possible(index, torch.float32)
+    assert sampled.possible(index, torch.float64)
+    assert not sampled.possible(index, torch.bfloat16)
+    assert not sampled.possible(index.to("meta"), torch.float32)
+    with FakeTensorMode():
+        assert not sampled.possible(torch.arange(3), torch.float32)
+
+
+def test_a_torch_that_cannot_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("no MKL")
+
+    sampled._works.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.sparse, "sampled_addmm", broken)
+        assert not sampled.possible(torch.arange(3), torch.float32)
+        assert layout("sampled", torch.arange(3), (4, 4), torch.float32) is None
+    sampled._works.cache_clear()
+    assert sampled.possible(torch.arange(3), torch.float32)
 
 
 def test_rows_without_a_selected_entry_are_not_computed() -> None:
@@ -155,14 +190,15 @@ def test_without_values_entries_are_spread_evenly() -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_training_is_that_of_the_twin_and_of_the_hook(accumulate: int, checkpointing: str | None) -> None:
+@pytest.mark.parametrize("capture", ["tiled", "sampled"])
+def test_training_is_that_of_the_twin_and_of_the_hook(capture: str, accumulate: int, checkpointing: str | None) -> None:
     options: dict[str, Any] = {"accumulate": accumulate, "checkpointing": checkpointing, "dtype": torch.float64}
-    by_tiles = trained(Compact(capture="tiled"), **options)
+    ours = trained(Compact(capture=capture), **options)
     for other in (trained(Hold(), **options), trained(Compact(capture="hook"), **options)):
-        for now, then in zip(by_tiles, other, strict=True):
+        for now, then in zip(ours, other, strict=True):
             for name in now:
                 assert torch.allclose(now[name], then[name], rtol=1e-9, atol=1e-12), name
-    assert not torch.equal(by_tiles[-1]["twice.weight"], by_tiles[0]["twice.weight"])
+    assert not torch.equal(ours[-1]["twice.weight"], ours[0]["twice.weight"])
 
 
 @pytest.mark.usefixtures("small")
@@ -215,9 +251,10 @@ def test_autocast_leaves_double_precision_alone() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 3, 4), (2, 1, 3, 4), (0, 4)])
-def test_any_shape_of_input(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("capture", ["tiled", "sampled"])
+def test_any_shape_of_input(capture: str, shape: tuple[int, ...]) -> None:
     for stride in (1, 2):
-        layer, optimizer = one_layer()
+        layer, optimizer = one_layer(Compact(capture=capture))
         twin = copy.deepcopy(layer)
         values = torch.randn((*shape[:-1], stride * shape[-1]), generator=torch.Generator().manual_seed(1))
         ours, theirs = (values.clone().requires_grad_() for _ in range(2))
@@ -424,7 +461,7 @@ def test_copies_have_the_forward_pass_of_their_class() -> None:
 
 def test_closing_gives_the_layer_back() -> None:
     layer, optimizer = one_layer()
-    assert isinstance(layer.forward, TiledForward)
+    assert isinstance(layer.forward, SparseForward)
     optimizer.close()
     assert "forward" not in vars(layer)
     layer(torch.ones(2, 4)).sum().backward()
@@ -452,23 +489,46 @@ def test_only_plain_layers_are_taken() -> None:
     assert layer_of("tiled", norm, norm.weight) is None
 
 
-def test_it_pays_for_large_matrices_and_for_few_rows(small: None) -> None:
-    def of(shape: tuple[int, int], mask: Tensor) -> bool:
-        return pays(Tiles.of(mask.flatten().nonzero().flatten(), shape, 16), torch.empty(shape))
+def test_what_costs_least_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "TILE", 32)
+    monkeypatch.setattr(sampled, "LEAST", 48)
 
-    spread, rows = torch.rand(8, 8) < 2.0, torch.zeros(8, 8, dtype=torch.bool)
-    rows[:4] = True
-    assert of((8, 8), spread)
-    assert not of((3, 8), spread[:3])
-    assert of((8, 3), rows[:, :3])
-    for count, name in ((24, "AddmmBackward0"), (8, "_LinearBackward")):
-        layer, optimizer = one_layer(Compact(), (3, 8), count)
-        out = layer(torch.ones(1, 8))
-        assert out.grad_fn.name() == name
-        out.sum().backward()
-        assert torch.equal(optimizer.owner.leaf(layer.weight).grad, torch.ones(count))  # type: ignore[arg-type]
+    def kind(height: int, width: int, index: Tensor, dtype: torch.dtype = torch.float32, capture: str = "auto") -> str:
+        return type(layout(capture, index, (height, width), dtype)).__name__
+
+    spread = torch.arange(0, 64, 9)
+    assert kind(8, 8, spread) == "Dots"
+    assert kind(8, 8, torch.arange(0, 64, 7)) == "Tiles"  # too many
+    assert kind(8, 8, spread, torch.bfloat16) == "Tiles"
+    assert kind(7, 8, torch.arange(0, 56, 2)) == "NoneType"  # fits into two tiles
+    assert kind(5, 8, torch.arange(0, 40, 9)) == "NoneType"
+    assert kind(8, 8, torch.arange(8)) == "Tiles"  # a row
+    assert kind(5, 8, torch.arange(8)) == "Tiles"
+    assert kind(8, 8, torch.tensor([1, 60])) == "Dots"  # two entries of two rows
+    assert kind(8, 8, spread[:0]) == "Tiles"
+    assert [kind(8, 8, spread, capture=c) for c in ("tiled", "sampled")] == ["Tiles", "Dots"]
+    assert kind(8, 8, spread, torch.float16, "sampled") == "NoneType"
+    assert kind(2, 2, spread[:1], capture="sampled") == "Dots"
+
+
+@pytest.mark.parametrize(("count", "name"), [(24, "AddmmBackward0"), (8, "_LinearBackward")])
+def test_small_matrices_are_left_to_the_hook_unless_few_rows_are_selected(count: int, name: str) -> None:
+    layer, optimizer = one_layer(Compact(), (3, 8), count)
+    out = layer(torch.ones(1, 8))
+    assert out.grad_fn.name() == name
+    out.sum().backward()
+    assert torch.equal(optimizer.owner.leaf(layer.weight).grad, torch.ones(count))  # type: ignore[arg-type]
+
+
+def test_the_precision_of_the_gradient_decides() -> None:
+    layer, _ = one_layer(Compact(capture="sampled"))
+    x = torch.ones(2, 4)
+    assert layer(x).grad_fn.name() == "_LinearBackward"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).grad_fn.name() == "AddmmBackward0"
+    assert layer(x).grad_fn.name() == "_LinearBackward"
 
 
 def test_unknown_captures_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"`Compact\(capture='dense'\)` must be 'auto', 'hook', 'tiled'\."):
+    with pytest.raises(ValueError, match=r"`Compact\(capture='dense'\)` must be 'auto', 'hook', 'tiled', 'sampled'\."):
         Compact(capture="dense")
