@@ -1,4 +1,4 @@
-"""``make demo``: seven ways to fine-tune one small transformer on real data, offline, and what each of them costs.
+"""``make demo``: eleven ways to fine-tune one small transformer on real data, offline, and what each of them costs.
 
 A vision transformer that has only seen printed digits is fine-tuned on 181 handwritten ones and tested on 808 others,
 by every method and seed in one Hydra multirun of ``apportion-train``. Table, pictures and page go to their own folder.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -24,8 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from apportion.recipes.presentation import present
+from apportion.recipes.runs import last_error
 
-METHODS = ("full", "lora", "random", "ist", "lisa", "hft", "badam")
+METHODS = ("full", "lora", "adalora", "random", "ist", "lisa", "hft", "badam", "entries", "id3", "lift")
 """The files of ``conf/experiment/demo``, in the order of the table."""
 
 
@@ -47,9 +47,7 @@ class Run:
         log = self.folder / "train.log"
         if not log.is_file():
             return "it was not started"
-        lines = log.read_text(encoding="utf-8").splitlines()
-        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
-        return errors[-1] if errors else "it stopped without an error"
+        return last_error(log) or "it stopped without an error"
 
     def read(self) -> dict[str, Any]:
         """Its results, as `apportion.comparison.summarise` takes them, with ``timeline`` and ``history``."""
@@ -91,6 +89,7 @@ def multirun(folder: Path, methods: Sequence[str], seeds: Sequence[int], overrid
         "experiment=" + ",".join(f"demo/{method}" for method in methods),
         "seed=" + ",".join(map(str, seeds)),
         f"hydra.sweep.dir='{folder / 'runs'}'",
+        "hydra.sweep.subdir=${hydra.job.num}",  # its folders are known before it starts
         "+hydra.callbacks.ends._target_=hydra.experimental.callbacks.LogJobReturnCallback",  # logs why a run failed
         *overrides,
     ]

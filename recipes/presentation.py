@@ -19,8 +19,13 @@ from apportion import comparison, report
 from apportion.entry_selection import EntryHistory
 from apportion.selection import History
 
-BAR = "random layers"
-TITLE = "From printed to handwritten digits: seven ways to fine-tune one transformer"
+BARS = {
+    "random layers": ("full tuning", "LoRA", "IST", "LISA", "HFT", "BAdam"),
+    "random weights": ("ID3", "LIFT"),
+}
+"""Random choices, and the methods that are held to each."""
+
+TITLE = "From printed to handwritten digits: ways to fine-tune one transformer"
 
 
 def settings(experiment: str, overrides: Sequence[str] = ()) -> Any:
@@ -66,8 +71,8 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
     if histories:
         caption = (
             "Which layers were trained when, first seed. A cell is dark where all units of the layer are trained at "
-            "that step (units are whole layers; for HFT, matrices). The bars give the mean over the steps. Full tuning "
-            "and LoRA train every layer at every step."
+            "that step (units are whole layers; for HFT, matrices; for AdaLoRA, ranks). The bars give the mean over "
+            "the steps. Full tuning and LoRA train every layer at every step."
         )
         masks = {name: torch.tensor(history["masks"]).bool() for name, history in histories.items()}
         drawn = {n: History(h["steps"], masks[n], tuple(h["names"])) for n, h in histories.items()}
@@ -109,14 +114,13 @@ def table(rows: Sequence[comparison.Row]) -> Table:
 
 def notes(rows: Sequence[comparison.Row], tracked: int) -> list[str]:
     """What a reader of the table must know; the first is what it shows."""
-    compared = [row for row in rows if row.memory]
-    complete = len(compared) > 1 and any(row.name == BAR for row in compared)
     return [
-        comparison.verdict(compared, BAR) if complete else f"Nothing to hold to {BAR}: it, or all else, was left out.",
+        " ".join(_held(rows, bar) for bar in BARS),
         "Random layers and IST train LoRA adapters in a quarter of the layers, drawn anew at every step; IST alone "
         "learns which layers matter, so it is the one that has to beat them. LISA, HFT and BAdam train the model's "
         "own weights and choose at random by design: their distance from random layers says what training weights "
-        "instead of adapters is worth here.",
+        "instead of adapters is worth here. Random weights, ID3 and LIFT train the classifier and 5 % of the single "
+        "weights of the matrices; AdaLoRA begins with twelve ranks in each matrix and ends with six on average.",
         f"Memory: by part, at the fullest moment of the first {tracked} steps, of the seed with the highest peak. What "
         "is offloaded (optimizer state of adapters that rest) is not in the peak; without an accelerator it lies in "
         "the same memory all the same. Full tuning and LoRA hold their gradients through the next forward pass, as "
@@ -125,6 +129,13 @@ def notes(rows: Sequence[comparison.Row], tracked: int) -> list[str]:
         "nothing about large models.",
         "Learning rates: for each method the best of five on validation images, with seeds not reported here.",
     ]
+
+
+def _held(rows: Sequence[comparison.Row], bar: str) -> str:
+    compared = [row for row in rows if row.memory and row.name in (bar, *BARS[bar])]
+    if len(compared) < 2 or all(row.name != bar for row in compared):
+        return f"Nothing to hold to {bar}: it, or all else, was left out."
+    return comparison.verdict(compared, bar)
 
 
 def present(results: Sequence[dict[str, Any]], overrides: Sequence[str], folder: Path, console: Console) -> None:
