@@ -55,6 +55,11 @@ class Adapter:
         """The tensor that a rank is put out by, with the dimension of its ranks: E, or else B."""
         return (self.b, 1) if self.e is None else (self.e, 0)
 
+    @property
+    def gate_name(self) -> str:
+        """The name of that tensor in the layer's state dict."""
+        return f"lora_E.{self.adapter}" if self.e is not None else f"lora_B.{self.adapter}.weight"
+
     def names(self) -> Iterator[tuple[str, int]]:
         """Names of the tensors in the layer's state dict, with the dimension of their ranks."""
         ends = ("", "") if self.e is not None else (".weight", ".weight")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion import sync
+from apportion.rank_rules import evenly
 from apportion.rank_units import RankBudget, Triplets
 from apportion.selection import Selection
 from apportion.types import Bound, Draw
@@ -42,12 +43,15 @@ class RankSelection(Selection):
         final: Whether the choice is final.
         progress: Share of the run that is done, as the budget sees it.
         forced: Whether the final choice was made because the run ended before its budget did.
+        entered: Optimizer steps that were done when each rank came in first, int64, shape (n,); -1 for one that has
+            not.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.final = self.forced = False
         self.progress = 0.0
+        self.entered = torch.empty(0, dtype=torch.int64)
 
     @property
     def bound(self) -> Triplets:
@@ -68,7 +72,24 @@ class RankSelection(Selection):
         self._check(bound)
 
     def _check(self, bound: Triplets) -> None:
-        self._budget.last(bound.n, len(bound.adapters))
+        count = (bound.n, len(bound.adapters))
+        first, last = self._budget.first(*count), self._budget.last(*count)
+        if self._grows and (first > last or not getattr(self.slots.rule, "grow", False)):
+            raise ValueError(
+                f"`{self.slots.effect!r}` of `{self.label}` lets ranks come in for good: it goes with a budget that "
+                f"grows, such as `Growth()`, and a rule that adds to what is in, `BestMatrices()` or "
+                f"`TopK(grow=True)`, not with `{self.slots.budget!r}` and `{self.slots.rule!r}`."
+            )
+
+    @property
+    def _grows(self) -> bool:
+        return bool(getattr(self.slots.effect, "grows", False))
+
+    def _amount(self, steps: int, whole: int) -> int:
+        return int(self._budget.at(steps, whole, self.bound.n, len(self.bound.adapters)))
+
+    def _ends(self, whole: int) -> tuple[int, int]:
+        return self._budget.ends(whole, self.bound.n, len(self.bound.adapters))
 
     @property
     def choice(self) -> Any:
@@ -76,11 +97,13 @@ class RankSelection(Selection):
         return None if self.mask is None else RankChoice(self.mask, self.final)
 
     def advance(self, epoch: int = 0, fresh: bool = True, total: int | None = None, probe: Any = None) -> bool:
-        """Before the first step, all ranks are in; whether that was just decided."""
+        """Before the first step, equally many ranks of every matrix are in; whether that was just decided."""
         self.prepared = self.step
         if self.mask is not None:
             return False
-        self._record(torch.ones(self.bound.n, dtype=torch.bool))
+        capacities = [adapter.capacity for adapter in self.bound.adapters]
+        counts = evenly(capacities, self._budget.first(self.bound.n, len(capacities)))
+        self._record(torch.cat([torch.arange(r) < c for r, c in zip(capacities, counts, strict=True)]))
         return True
 
     def begin(self, total: int | None, elapsed: float | None = None) -> None:
@@ -104,7 +127,12 @@ class RankSelection(Selection):
                 f"`{self.slots.budget!r}` of `{self.label}` counts steps, but only the time of the run is limited: "
                 f"give `{counts[0]}` as a fraction (float)."
             )
-        self._budget.ends(total or NOMINAL)
+        if total is None and not getattr(self.slots.budget, "timed", True):
+            raise ValueError(
+                f"`{self.slots.budget!r}` of `{self.label}` counts steps, but only the time of the run is limited: "
+                "give the Trainer `max_steps` or `max_epochs` too, or use a budget of fractions such as `Growth()`."
+            )
+        self._ends(total or NOMINAL)
 
     def look(self, total: int | None, params: Collection[nn.Parameter] | None) -> None:
         """Scores the step that was just taken, while its gradients are there.
@@ -116,8 +144,8 @@ class RankSelection(Selection):
         step = self.step + 1
         if self.final or not self.slots.score.due(step):
             return
-        if total is not None and step >= self._budget.ends(total)[1]:
-            return  # the final choice is made by the scores of the phase before it
+        if total is not None and step >= self._ends(total)[1] and not self._grows:
+            return  # what goes for good is chosen by the scores of the phase before
         self._score = self.slots.score.update(self._score, self.bound, params)
 
     def after_step(self, total: int | None, elapsed: float | None = None) -> bool:
@@ -127,12 +155,14 @@ class RankSelection(Selection):
             total: As for `begin`.
             elapsed: As for `begin`.
         """
-        if self.final:
+        if self.final or self.mask is None:
             return False
         steps, whole = self._clock(total, elapsed)
-        begin, end = self._budget.ends(whole)
+        begin, end = self._ends(whole)
         if steps <= begin or (steps < end and self.step % self._budget.every):
             return False
+        if self._grows and steps < end and self._amount(steps, whole) == int(self.mask.sum()):
+            return False  # none comes in, and none goes
         self._choose(steps, whole, final=steps >= end)
         return True
 
@@ -147,28 +177,39 @@ class RankSelection(Selection):
         return int(self.progress * whole + 1e-9), whole
 
     def finish(self, total: int | None) -> bool:
-        """The run ends: makes the final choice if it was not made; whether it was not."""
+        """The run ends: makes the final choice if it was not made; whether it was not.
+
+        Ranks that would only now come in do not: nothing would be trained with them.
+        """
         if self.final or self.mask is None or self.step == 0:
             return False
         self.forced = True
         whole = total or NOMINAL
-        self._choose(whole, whole, final=True)
+        if self._grows and self._amount(whole, whole) > int(self.mask.sum()):
+            self.final, self._score = True, {}
+        else:
+            self._choose(whole, whole, final=True)
         return True
 
     def _choose(self, steps: int, whole: int, final: bool) -> None:
         bound = self.bound
-        k = int(self._budget.at(steps, whole, bound.n, len(bound.adapters)))
+        k = self._amount(steps, whole)
         scores = self.slots.score.scores(self._score, bound)
         mask, self._rule = self.slots.rule.select(Draw(scores, k, bound, self.draws, self._rule, self.mask))
-        if int(mask.sum()) != k:
+        if int(mask.sum()) != k and getattr(self.slots.rule, "budgeted", True):
             raise RuntimeError(f"`{self.slots.rule!r}` selected {int(mask.sum())} ranks where the budget is {k}.")
         sync.agree(f"the ranks of `{self.label}` at step {self.step}", str(mask.nonzero().flatten().tolist()))
         self.final = final
+        chosen = getattr(self.slots.score, "chosen", None)
+        if chosen is not None:
+            self._score = chosen(self._score, bound)
         if final:
             self._score = {}
         self._record(mask)
 
     def _record(self, mask: Tensor) -> None:
+        before = self.entered if len(self.entered) else torch.full((len(mask),), -1)
+        self.entered = torch.where(mask & (before < 0), self.step, before)
         self.previous, self.mask = self.mask, mask
         self._steps.append(self.step)
         self._masks += bytes(mask.tolist())
@@ -196,5 +237,8 @@ class RankSelection(Selection):
         super().load_state_dict(state)
         self.final, self.forced = bool(state["final"]), bool(state["forced"])
         self.progress = float(state["progress"])
+        masks = self.history.masks
+        first = torch.tensor([*self._steps, -1])[masks.to(torch.uint8).argmax(0)] if len(masks) else self.entered[:0]
+        self.entered = torch.where(masks.any(0), first, -1)
         if self._bound is not None:
             self._prepare(self._bound)

@@ -65,7 +65,7 @@ class RankScore(Protocol):
     """How important each rank is, from the gradients of the steps; higher is more important, always."""
 
     needs: ClassVar[frozenset[str]]
-    """What `update` reads: ``weight``, ``grad``."""
+    """What `update` reads: ``weight``, ``grad``, or ``own_grad`` if the gradients of ranks that are in are enough."""
 
     def init(self, bound: Triplets) -> State:
         """The state before any step."""
@@ -87,8 +87,11 @@ class RankBudget(Protocol):
     every: int
     """Optimizer steps between choices."""
 
-    def ends(self, total: int) -> tuple[int, int]:
-        """The last step with all ranks, and the first with the final choice."""
+    def ends(self, total: int, n: int | None = None, matrices: int = 1) -> tuple[int, int]:
+        """The last step with the ranks of the start, and the first with the final choice."""
+
+    def first(self, n: int, matrices: int) -> int:
+        """Ranks before the first step, of ``n`` in as many ``matrices``."""
 
     def last(self, n: int, matrices: int) -> int:
         """Ranks in the end, of ``n`` in as many ``matrices``."""

@@ -154,7 +154,7 @@ class TopK:
     Args:
         per: ``model`` compares all units; ``group``, ``block`` and ``tensor`` compare within each group, layer or
             tensor, which gets its share of the budget by the largest remainder. ``group`` is for layers and matrices
-            only, ``tensor`` for entries and rows only.
+            only, ``tensor`` for entries, rows and ranks only.
         grow: Keeps what is selected and adds the best of the others; a budget that falls keeps the best of the
             selected. Shares then count what is added.
 
@@ -177,9 +177,9 @@ class TopK:
 
     def select(self, draw: Draw) -> tuple[Tensor, State]:
         """Exactly ``draw.k`` units; no state."""
-        if self.per == "tensor":
+        if self.per == "tensor" and not all(unit.category == "rank" for unit in draw.bound.units):
             raise ValueError(
-                f"`{self!r}` compares entries or rows of one tensor, but units are whole here: use 'block'."
+                f"`{self!r}` compares entries, rows or ranks of one tensor, but units are whole here: use 'block'."
             )
         kept = draw.mask.cpu() if self.grow and draw.mask is not None else torch.zeros(draw.bound.n, dtype=torch.bool)
         more = draw.k - int(kept.sum())
@@ -193,7 +193,8 @@ class TopK:
         parts: dict[object, list[int]] = {}
         for i in among.nonzero().flatten().tolist():
             unit = draw.bound.units[i]
-            parts.setdefault(unit.group if self.per == "group" else unit.block, []).append(i)
+            key = {"group": unit.group, "block": unit.block, "tensor": id(unit.module)}[self.per]
+            parts.setdefault(key, []).append(i)
         counts = largest_remainder([len(part) for part in parts.values()], k)
         left = dict(zip(parts, counts, strict=True))
         home = {i: key for key, part in parts.items() for i in part}
