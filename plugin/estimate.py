@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apportion.compact import Gathered
+from apportion.estimate_entries import UNBUDGETED, fill, idle
+from apportion.estimate_ranks import Moment, arrive, valueless
 from apportion.fake import FakeRun
 from apportion.ledger import Parts
 from apportion.memory import Tracker
 from apportion.optim import Selective
+from apportion.rank_selection import NOMINAL
 from apportion.scores import Uniform
-from apportion.shares import largest_remainder
-from apportion.types import When, resolve
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "adamw": lambda params: torch.optim.AdamW(params, foreach=False),
@@ -32,8 +32,6 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, foreach=False),
 }
 _UNREADABLE = frozenset({"weight", "activation"})
-_NEVER = 2**60  # a step that no run reaches
-_UNBUDGETED = 0.05  # share of the entries, where a rule selects as many as there are above a threshold
 _ROUNDS = 400  # optimizer steps at most until every unit has had its turn and its state
 
 
@@ -44,9 +42,10 @@ class Estimate(Parts):
     Attributes:
         parameters: Number of entries in the model.
         trainable: Number of entries that train at one step.
-        selected: Names of the units selected in the measured steps.
+        selected: Names of the units selected in the measured steps; of ranks, none.
         assumptions: What was taken for granted, one sentence each.
         seconds: Time that the estimate took.
+        moment: Of a budget of ranks: what is in memory of them in the measured steps.
     """
 
     parameters: int = 0
@@ -54,6 +53,7 @@ class Estimate(Parts):
     selected: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
     seconds: float = 0.0
+    moment: Moment | None = None
 
     @property
     def peak(self) -> int:
@@ -71,6 +71,8 @@ def estimate(
     precision: str = "32-true",
     checkpointing: bool = False,
     steps: int = 2,
+    done: int = 0,
+    total: int = NOMINAL,
 ) -> Estimate:
     """Peak memory of a training run by part, in bytes, without running it.
 
@@ -85,9 +87,12 @@ def estimate(
         precision: ``32-true``, ``bf16-true`` or ``bf16-mixed``, as Lightning has them.
         checkpointing: Whether to turn on the model's own activation checkpointing, in its non-reentrant form.
         steps: Training steps to measure; the second is the first that has optimizer state from its start.
+        done: Optimizer steps done before those, for methods whose budget of ranks follows the run.
+        total: Optimizer steps of the run, for the same methods.
 
     Raises:
-        ValueError: If an option is unknown, or the step reads a value or needs a shape that depends on one.
+        ValueError: If an option is unknown, ``done`` lies outside the run, or the step reads a value or needs a shape
+            that depends on one.
         TypeError: If ``build`` is not a function that makes a module, or there is no loss.
 
     Example:
@@ -99,15 +104,20 @@ def estimate(
     make = _optimizer(optimizer)
     if steps < 2:
         raise ValueError(f"`estimate(steps={steps})` must be at least 2: the first step has no optimizer state yet.")
+    if not 0 <= done <= total:
+        raise ValueError(f"`estimate(done={done}, total={total})`: `done` must lie in [0, {total}], steps of the run.")
     if isinstance(method, str) and method != "full":
         raise ValueError(f"`estimate(method={method!r})` must be 'full' or a method from `apportion.callbacks`.")
     run = FakeRun(build, batch, loss_fn, precision, checkpointing)
+    moment = None
     with Tracker(run.model) as tracker:
         used = make([p for p in run.model.parameters() if p.requires_grad])
         if method != "full":
-            used = Selective(used, run.model, _drawable(method), probe=run.probe)
+            used = Selective(used, run.model, _drawable(method, run), probe=run.probe, total_steps=total)
             if method.slots.grain == "entry":
-                _fill(used, method, run)
+                fill(used, method, run)
+            elif method.slots.grain == "rank":
+                moment = arrive(used, done, total)
             else:
                 _visit_all(used)
         tracker.mark("start")
@@ -123,6 +133,7 @@ def estimate(
         selected=selected,
         assumptions=_assumptions(optimizer, precision, checkpointing, method),
         seconds=time.monotonic() - start,
+        moment=moment,
     )
 
 
@@ -136,49 +147,17 @@ def _optimizer(name: str | Callable[[list[nn.Parameter]], Optimizer]) -> Callabl
     return OPTIMIZERS[name]
 
 
-def _drawable(method: Any) -> Any:
+def _drawable(method: Any, run: FakeRun) -> Any:
     """The method, with equal scores in place of scores that read weights: fake tensors have no values."""
-    if method.slots.grain == "entry":  # what is selected is laid out by `_fill`
-        idle = copy(method)
-        idle.slots = replace(method.slots, select_when=When(begin=_NEVER))
-        return idle
+    if method.slots.grain == "rank":
+        return valueless(method, run.fake)
+    if method.slots.grain == "entry":
+        return idle(method)
     if not method.slots.score.needs & _UNREADABLE:
         return method
     equal = copy(method)
     equal.slots = replace(method.slots, score=Uniform())
     return equal
-
-
-def _fill(optimizer: Selective, method: Any, run: FakeRun) -> None:
-    """Gives every store its share of the entries that the budget ends with, in proportion to its size."""
-    bound: Any = optimizer.selection.bound
-    counts = _entries(method, bound)
-    for p, count in zip(bound.tensors, counts, strict=True):
-        store = optimizer.owner.narrow(p)
-        if store.leaf is p:
-            continue
-        with run.fake:
-            store.index = torch.empty(count, dtype=store.index.dtype)
-            store.leaf = nn.Parameter(torch.empty(count, dtype=store.leaf.dtype))
-            if isinstance(store, Gathered):
-                store.age = None if store.age is None else torch.empty(count, dtype=store.age.dtype)
-                store.origin = None if store.origin is None else torch.empty(count, dtype=p.dtype)
-    optimizer.owner.write_groups()
-
-
-def _entries(method: Any, bound: Any) -> list[int]:
-    """Entries of each tensor that the method selects in the end."""
-    budget = method.slots.budget
-    if hasattr(budget, "quotas"):
-        return list(budget.quotas([p.shape for p in bound.tensors]))
-    if not getattr(method.slots.rule, "budgeted", True):
-        amount: int | float = _UNBUDGETED
-    elif hasattr(budget, "counted"):
-        amount = budget.counted(bound.n).amount
-    else:
-        amount = budget.at(_NEVER, _NEVER)
-    units = largest_remainder(bound.counts, resolve(amount, bound.n, f"`{budget!r}`"))
-    return [count * width for count, width in zip(units, bound.widths, strict=True)]
 
 
 def _visit_all(optimizer: Selective) -> None:
@@ -209,7 +188,7 @@ def _selected(optimizer: Optimizer) -> tuple[str, ...]:
         return ()
     if optimizer.method.slots.grain == "entry":
         return tuple(optimizer.selection.names)
-    if optimizer.selection.mask is None:
+    if optimizer.selection.mask is None or optimizer.method.slots.grain == "rank":
         return ()
     names = optimizer.selection.names
     return tuple(name for name, chosen in zip(names, optimizer.selection.mask.tolist(), strict=True) if chosen)
@@ -232,8 +211,12 @@ def _assumptions(optimizer: Any, precision: str, checkpointing: bool, method: An
     )
     if method != "full" and method.slots.grain == "entry":
         if not getattr(method.slots.rule, "budgeted", True):
-            said.append(f"{_UNBUDGETED:.0%} of the entries selected, which the values decide")
+            said.append(f"{UNBUDGETED:.0%} of the entries selected, which the values decide")
         said.append("a step on which no entry is selected anew; those of the end of the schedule, spread evenly")
+        return tuple(said)
+    if method != "full" and method.slots.grain == "rank":
+        said.append("ranks spread evenly over matrices, which the values decide")
+        said.append("ranks scored in pieces, as on a CPU; an accelerator takes all tensors of a shape at once")
         return tuple(said)
     if method != "full" and method.slots.score.needs & _UNREADABLE:
         said.append(f"equal scores in place of {type(method.slots.score).__name__}, which reads weights")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from apportion.adapters import Adapter
 from apportion.discovery import unwrapped, walk
+from apportion.patterns import any_of, exactly
 
 
 def to_lora(model: nn.Module, folder: str | Path, adapter: str | None = None) -> dict[str, int]:
@@ -84,9 +85,9 @@ def to_lora(model: nn.Module, folder: str | Path, adapter: str | None = None) ->
     config = LoraConfig(
         r=ranks[first],
         lora_alpha=alphas[first],  # no whole number: c was a scale at another rank
-        rank_pattern={_exactly(k): v for k, v in ranks.items()},
-        alpha_pattern={_exactly(k): v for k, v in alphas.items()},
-        target_modules=_any(ranks),
+        rank_pattern={exactly(k): v for k, v in ranks.items()},
+        alpha_pattern={exactly(k): v for k, v in alphas.items()},
+        target_modules=any_of(ranks),
         lora_dropout=old.lora_dropout,
         fan_in_fan_out=old.fan_in_fan_out,
         bias=old.bias,
@@ -121,16 +122,6 @@ def _folded(part: Adapter, kept: Tensor) -> tuple[Tensor, Tensor]:
     if kernel is not None:  # a convolution: A over the kernel, B over channels
         a, b = a.view(len(kept), -1, *kernel), b.view(*b.shape, *[1] * len(kernel))
     return a, b
-
-
-def _exactly(name: str) -> str:
-    """A pattern that matches this layer and no other, in the way that PEFT matches patterns."""
-    return "^" + re.escape(name)
-
-
-def _any(names: Any) -> str:
-    """One pattern that matches these layers as a whole; names in a list would match ends of names."""
-    return "|".join(re.escape(name) for name in names)
 
 
 def _write(outer: Any, name: str, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -203,8 +204,11 @@ def _probe_of(function: Callable[[], Any], model: nn.Module) -> _FunctionProbe:
 class _FunctionProbe(BatchProbe):
     """Asks a function for losses, also for losses with a gradient."""
 
-    def gather(self, params: Mapping[str, nn.Parameter], term: Term, calibration: Calibration) -> dict[str, Tensor]:
-        """Gradients of as many calls, as `apportion.calibrate.gather` adds them up."""
+    def gather(
+        self, params: Mapping[str, nn.Parameter], term: Term, calibration: Calibration, present: bool = False
+    ) -> dict[str, Tensor]:
+        """Gradients of as many calls, or of one on the ``present`` batch, as `apportion.calibrate.gather` adds them."""
+        calibration = replace(calibration, batches=1) if present else calibration
         calls = (None for _ in range(calibration.batches))
         return gather(
             self.module, lambda _: torch.as_tensor(self.loss_fn(None)), calls, params, term, calibration, self.mean

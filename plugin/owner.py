@@ -38,6 +38,7 @@ class Owner:
         opened: What effects keep while they are open, by selection.
         averaged: Leaves whose gradients are averaged over ranks in another way at the present step.
         stepped: What selections do with an optimizer that has just stepped, its gradients still there, by selection.
+        remembered: Gives what the scores of selections keep beside the optimizer's state, by selection.
 
     Raises:
         ValueError: If an optimizer cannot work on a changing list of parameters.
@@ -59,6 +60,7 @@ class Owner:
         self.averaged: set[nn.Parameter] = set()
         self.opened: dict[str, Any] = {}
         self.stepped: dict[str, Callable[[Optimizer], None]] = {}
+        self.remembered: dict[str, Callable[[], Iterable[Tensor]]] = {}
         self._handles: list[Any] = []
 
     @classmethod
@@ -190,6 +192,7 @@ class Owner:
         """
         claim = self.claims.pop(key, None)
         self.stepped.pop(key, None)
+        self.remembered.pop(key, None)
         if claim is None:
             return
         if final:
@@ -242,11 +245,13 @@ class Owner:
                 yield from (v for v in slot.parked.values() if isinstance(v, Tensor))
 
     def beside(self) -> Iterator[Tensor]:
-        """What stores hold beside the leaf: indices, ages, first values."""
+        """What stores hold beside the leaf (indices, ages, first values), and scores as large as what they look at."""
         for slot in self.slots.values():
             if slot.store is not None and slot.master is None:
                 yield slot.narrow.index
                 yield from slot.store.saved().values()
+        for remembered in self.remembered.values():
+            yield from remembered()
 
     # One parameter ----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,12 +87,17 @@ class TrainerProbe:
         """The loss on the present probe batch, averaged over ranks; in eval mode, with nothing recorded."""
         return self._probe.loss()
 
-    def gather(self, params: Mapping[str, nn.Parameter], term: Term, calibration: Calibration) -> dict[str, Tensor]:
+    def gather(
+        self, params: Mapping[str, nn.Parameter], term: Term, calibration: Calibration, present: bool = False
+    ) -> dict[str, Tensor]:
         """Gradients of some batches, as `apportion.calibrate.gather` adds them up.
 
-        The batches come from ``data``, or from the start of a new pass over the training data; the loss is that of
-        the probe.
+        The batches come from ``data``, or from the start of a new pass over the training data; with ``present``, the
+        one batch of the step that is being prepared takes the place of a new pass. The loss is that of the probe.
         """
+        if present and self.data is None:
+            one = replace(calibration, batches=1)
+            return gather(self.module, self._measure, [self.current], params, term, one, sync.mean)
         with self.batches() as batches:
             shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
             return gather(self.module, self._measure, batches, params, term, calibration, sync.mean, shown)

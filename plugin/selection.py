@@ -6,6 +6,7 @@ and says which units are selected. The driver and the optimizer wrapper act on i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,6 +249,10 @@ class Selection:
         self._steps.append(self.step)
         self._masks += bytes(mask.tolist())
         return True
+
+    def remembered(self) -> Iterable[Tensor]:
+        """The tensors of the score's state."""
+        return self._score.values()
 
     def metrics(self) -> dict[str, float]:
         """Shares for the log: selected units and entries of all, and units that changed at the last selection."""

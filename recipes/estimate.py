@@ -3,18 +3,18 @@
 apportion-estimate --model llama-2-7b --method lisa --precision bf16-true --batch 1 --length 1024 --checkpointing
 apportion-estimate --model mistral-7b --table --precision bf16-true --length 2048 --checkpointing
 apportion-estimate --model llama-2-7b --method lisa --set train_embeddings=false --set active_layers=4 --json
+apportion-estimate --model llama-2-7b --method adalora --lora-rank 12 --total-steps 5000 --checkpointing
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import transformers
@@ -22,109 +22,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from apportion.estimate import OPTIMIZERS, Estimate, estimate
+from apportion.estimate import OPTIMIZERS, Estimate
 from apportion.fake import PRECISIONS
 from apportion.ledger import Parts
-from apportion.recipes.shapes import Shape, config_of, names
+from apportion.rank_selection import NOMINAL
+from apportion.recipes.request import METHODS, ON_ADAPTERS, PRESETS, RANKS, REFUSED, Request
+from apportion.recipes.shapes import config_of, names
 
-# Method to preset class; those on adapters come with LoRA.
-PRESETS = {
-    "lisa": "LISA",
-    "ist": "IST",
-    "rst": "RST",
-    "hft": "HFT",
-    "badam": "BAdam",
-    "owlore": "OwLore",
-    "id3": "ID3",
-    "lift": "LIFT",
-    "sara": "SaRA",
-    "sift": "SIFT",
-    "fish": "FISH",
-    "pafi": "PaFI",
-    "random": "Random",
-    "bitfit": "BitFit",
-}
-METHODS = ("full", "lora", *PRESETS)
 TABLE = ("full", "lora", "lisa", "ist", "badam", "hft")
-_ON_ADAPTERS = ("lora", "ist", "rst")
-_SCANS = ("mamba", "mamba2", "falcon_mamba")  # without its CUDA kernels transformers loops over positions
-_DEPTHS = (4, 8)
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Request:
-    """One estimate to make, as the command line asks for it."""
-
-    config: Any
-    method: str = "full"
-    settings: tuple[tuple[str, Any], ...] = ()
-    batch: int = 1
-    length: int = 1024
-    precision: str = "bf16-true"
-    optimizer: str = "adamw"
-    checkpointing: bool = False
-    lora_rank: int = 32
-    lora_targets: tuple[str, ...] = ()
-
-    def run(self) -> Estimate:
-        """The estimate; of a state-space model, from two small depths."""
-        if getattr(self.config, "model_type", "") in _SCANS:
-            return self._extrapolated()
-        return self._at(self.config)
-
-    def _at(self, config: Any) -> Estimate:
-        shape = Shape(config, self.lora_rank if self.method in _ON_ADAPTERS else 0, self.lora_targets)
-        method = preset(self.method, dict(self.settings)) if self.method in PRESETS else "full"
-        result = estimate(
-            shape.build,
-            shape.batch(self.batch, self.length),
-            method=method,
-            optimizer=self.optimizer,
-            precision=self.precision,
-            checkpointing=self.checkpointing,
-        )
-        said = result.assumptions
-        if shape.experts:
-            said += (f"experts multiplied by {shape.experts}: every token goes to its experts, none is dropped",)
-        if shape.lora_rank:
-            said += (
-                f"LoRA of rank {shape.lora_rank} on {', '.join(self.lora_targets) or 'all linear maps but the head'}",
-            )
-        return replace(result, assumptions=said)
-
-    def _extrapolated(self) -> Estimate:
-        depth = self.config.num_hidden_layers
-        low, high = (self._at(type(self.config)(**{**self.config.to_dict(), "num_hidden_layers": n})) for n in _DEPTHS)
-
-        def line(name: str) -> int:
-            a, b = getattr(low, name), getattr(high, name)
-            return int(a + (b - a) * (depth - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0]))
-
-        numbers = {name: line(name) for name in (*Parts.__dataclass_fields__, "parameters", "trainable")}
-        said = (
-            f"EXTRAPOLATED: linear in depth from {_DEPTHS[0]} and {_DEPTHS[1]} layers to {depth}, and with the scan as "
-            "a loop over positions; the fused CUDA scan keeps less",
-        )
-        return replace(
-            high, **numbers, selected=(), assumptions=said + high.assumptions, seconds=low.seconds + high.seconds
-        )
-
-
-def preset(name: str, settings: dict[str, Any]) -> Any:
-    """The preset of a method by its name on the command line, with ``--set`` applied.
-
-    Raises:
-        ValueError: If the preset has no such setting.
-    """
-    from apportion import callbacks
-
-    cls: Callable[..., Any] = getattr(callbacks, PRESETS[name])
-    known = [key for key in inspect.signature(cls).parameters if key not in ("name", "probe_data", "probe_loss")]
-    wrong = [key for key in settings if key not in known]
-    if wrong:
-        raise ValueError(f"`--set {wrong[0]}=...`: {PRESETS[name]} has no such setting; it has {', '.join(known)}.")
-    return cls(**settings)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -157,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=_count, default=1, help="rows of a batch")
     add("--length", type=_count, default=1024, help="tokens of a row (text models)")
     add("--checkpointing", action="store_true", help="activation checkpointing, non-reentrant")
-    add("--lora-rank", type=_count, default=32, help=f"for {', '.join(_ON_ADAPTERS)}")
+    add("--lora-rank", type=_count, default=32, help=f"for {', '.join(ON_ADAPTERS)}")
+    add("--total-steps", type=_count, default=NOMINAL, help=f"optimizer steps of the run, for {', '.join(RANKS)}")
     add("--lora-targets", default="", help="names of linear maps, comma-separated; all but the head by default")
     add("--json", action="store_true", help="print JSON, in bytes")
     return made
@@ -171,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser()
     options = made.parse_args(arguments)
     chosen = list(TABLE) if options.table or options.method == "table" else [options.method]
-    if chosen[0] not in METHODS:
+    if chosen[0] not in (*METHODS, *REFUSED):
         made.error(f"`--method {options.method}` must be one of {', '.join(METHODS)}, table.")
     if options.set and (len(chosen) > 1 or chosen[0] not in PRESETS):
         made.error(f"`--set` needs one `--method` that has settings: {', '.join(PRESETS)}.")
@@ -198,12 +105,14 @@ def _estimates(options: argparse.Namespace, methods: Sequence[str]) -> dict[str,
         checkpointing=options.checkpointing,
         lora_rank=options.lora_rank,
         lora_targets=tuple(name for name in options.lora_targets.split(",") if name),
+        total_steps=options.total_steps,
     )
-    results = {}
+    results: dict[str, Estimate] = {}
     with Console(stderr=True).status("") as status:
         for i, method in enumerate(methods, 1):
             status.update(f"{options.model}, {method} ({i} of {len(methods)}) ...")
-            results[method] = replace(request, method=method).run()
+            asked = replace(request, method=method)
+            results |= asked.over_time() if method in RANKS else {method: asked.run()}
     return results
 
 
@@ -220,21 +129,27 @@ def _row(options: argparse.Namespace, method: str, result: Estimate) -> dict[str
         "selected": list(result.selected),
         "assumptions": list(result.assumptions),
         "seconds": round(result.seconds, 2),
+        **({"method": options.method, "moment": method, **asdict(result.moment)} if result.moment else {}),
     }
 
 
 def _show(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     console = Console()
     title = f"{options.model}, {options.precision}, batch {options.batch} x {options.length}"
-    console.print(f"[bold]{title}[/bold]: GiB at the peak", highlight=False)
+    over = f", {rows[0]['method']} over {options.total_steps:,} steps" if "moment" in rows[0] else ""
+    console.print(f"[bold]{title}[/bold]{over}: GiB at the peak", highlight=False)
     table = Table(box=SIMPLE_HEAD)
     table.add_column("part")
     for row in rows:
-        table.add_column(row["method"], justify="right")
+        table.add_column(row.get("moment", row["method"]), justify="right")
     for name in [*Parts.__dataclass_fields__, "peak"]:
         table.add_row(name, *(f"{row[name] / _GIB:.2f}" for row in rows), style="bold" if name == "peak" else None)
     table.add_row("entries, M", *(f"{row['parameters'] / 1e6:,.0f}" for row in rows))
     table.add_row("training at a step, M", *(f"{row['trainable'] / 1e6:,.1f}" for row in rows))
+    if any("ranks" in row for row in rows):
+        table.add_row("steps done", *(f"{row['step']:,}" for row in rows))
+        table.add_row("ranks in", *(f"{row['ranks']:,}" for row in rows))
+        table.add_row("a matrix, mean", *(f"{row['ranks'] / row['matrices']:.1f}" for row in rows))
     console.print(table)
     console.print("Offloaded state is held by the CPU and is not in the peak. Taken for granted:", highlight=False)
     for line in dict.fromkeys(line for row in rows for line in row["assumptions"]):

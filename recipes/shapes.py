@@ -26,6 +26,19 @@ def names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in _SHAPES.iterdir() if path.name.endswith(".yaml"))
 
 
+def fields(name: str) -> dict[str, Any]:
+    """The configuration of a shape as its file has it.
+
+    Raises:
+        ValueError: If there is no such shape.
+    """
+    if name not in names():
+        raise ValueError(f"`shape={name}` is none of {', '.join(names())}.")
+    content = OmegaConf.to_container(OmegaConf.create((_SHAPES / f"{name}.yaml").read_text()))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
 def config_of(model: str) -> Any:
     """The transformers configuration of a shape by name, or of a local folder or ``config.json``.
 
@@ -35,9 +48,7 @@ def config_of(model: str) -> Any:
     from transformers import AutoConfig
 
     if model in names():
-        fields = OmegaConf.to_container(OmegaConf.create((_SHAPES / f"{model}.yaml").read_text()))
-        assert isinstance(fields, dict)
-        return AutoConfig.for_model(**{str(key): value for key, value in fields.items()})
+        return AutoConfig.for_model(**fields(model))
     path = Path(model)
     if path.is_file() or (path / "config.json").is_file():
         return AutoConfig.from_pretrained(str(path), local_files_only=True)
@@ -55,11 +66,13 @@ class Shape:
         config: The transformers configuration.
         lora_rank: Rank of LoRA adapters on the linear maps, or 0 for none.
         lora_targets: Names of the linear maps that get adapters; empty for all but the head.
+        svd: Whether the adapters are AdaLoRA's, with singular values.
     """
 
     config: Any
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
+    svd: bool = False
 
     @property
     def task(self) -> str:
@@ -82,20 +95,18 @@ class Shape:
         return self._adapted(model) if self.lora_rank else model  # type: ignore[no-any-return]
 
     def _adapted(self, model: Any) -> Any:
-        from peft import LoraConfig, get_peft_model
+        from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
-        targets: str | list[str] = list(self.lora_targets) or "all-linear"
         head = ["classifier"] if self.task.endswith("Classification") else None
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=self.lora_rank,
-                lora_alpha=2 * self.lora_rank,
-                target_modules=targets,
-                modules_to_save=head,
-                exclude_modules=head,
-            ),
-        )
+        shared: dict[str, Any] = {
+            "lora_alpha": 2 * self.lora_rank,
+            "target_modules": list(self.lora_targets) or "all-linear",
+            "modules_to_save": head,
+            "exclude_modules": head,
+        }
+        if self.svd:
+            return get_peft_model(model, AdaLoraConfig(init_r=self.lora_rank, target_r=1, total_step=1, **shared))
+        return get_peft_model(model, LoraConfig(r=self.lora_rank, **shared))
 
     def batch(self, size: int, length: int) -> dict[str, Tensor]:
         """A batch of ``size`` rows of ``length`` tokens (int64), or of images of the configured size (float32)."""

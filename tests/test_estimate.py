@@ -19,7 +19,8 @@ from apportion.fake import FakeRun
 from apportion.memory import Tracker
 from apportion.optim import Selective
 from apportion.recipes import shapes
-from apportion.recipes.estimate import Request, main
+from apportion.recipes.estimate import main
+from apportion.recipes.request import Request
 
 TOKENS = torch.zeros(2, 96, dtype=torch.int64)
 BATCH = {"input_ids": TOKENS, "labels": TOKENS}

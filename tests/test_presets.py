@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gate_methods import GATE_METHODS
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from methods import ENTRY_METHODS, METHODS, PLANNED_METHODS, Method
@@ -40,7 +41,7 @@ from apportion.units import Layers
 
 SLOTS = Path(apportion.callbacks.__file__).parents[1] / "conf" / "slots"
 PRESETS = sorted(METHODS)
-TABLE: dict[str, Any] = {**METHODS, **ENTRY_METHODS, **PLANNED_METHODS, **RANK_METHODS}
+TABLE: dict[str, Any] = {**METHODS, **ENTRY_METHODS, **PLANNED_METHODS, **RANK_METHODS, **GATE_METHODS}
 ALL = sorted(TABLE)
 
 
@@ -196,13 +197,17 @@ FITTING: dict[str, dict[str, str]] = {  # what goes with a slot for other units 
 }
 
 
+BESIDE = {"grow": {"score": "matrix_sensitivity"}}  # what goes with single slots that do not go with those above
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_slot_can_be_chosen_by_name_in_a_foreign_app(tmp_path: Path, path: Path) -> None:
     if path.parent.name == "callbacks":
         assert list(foreign(tmp_path, path.stem).callbacks) == [path.stem]
     else:
         target = get_class(yaml.safe_load(path.read_text())["_target_"])
-        chosen = {**FITTING[getattr(target, "grain", "unit")], path.parent.name: path.stem}
+        fitting = {**FITTING[getattr(target, "grain", "unit")], **BESIDE.get(path.stem, {})}
+        chosen = {**fitting, path.parent.name: path.stem}
         cfg = foreign(tmp_path, "compose", *(f"{group}={option}" for group, option in chosen.items()))
         assert isinstance(getattr(instantiate(cfg.callbacks.compose).slots, path.parent.name), target)
 
