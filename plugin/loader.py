@@ -3,146 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
 
-
-class Order(DistributedSampler[int]):
-    """The order of one epoch's samples on one rank, a function of (seed, epoch) and nothing else, and a place in it.
-
-        order = randperm(length; seed, epoch)[rank::world], without the first ``batches * batch_size``
-
-    It is a `DistributedSampler` so that Lightning leaves it where it is, but it reads rank and world size when it is
-    asked, not when it is made: loaders are often made before the processes know each other.
-
-    Args:
-        length: Number of samples of the data set.
-        batch_size: Samples per batch and rank.
-        shuffle: Whether to permute them anew in every epoch.
-        seed: Of the permutations.
-        drop_last: Whether to drop samples that do not fill a batch on every rank, instead of repeating the first ones.
-        rank: Of this process; None for that of `torch.distributed`, or 0.
-        world: Number of ranks; None for that of `torch.distributed`, or 1.
-
-    Example:
-        >>> [list(Order(5, batch_size=2, shuffle=False, rank=rank, world=2)) for rank in (0, 1)]
-        [[0, 2, 4], [1, 3, 0]]
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int = 1,
-        shuffle: bool = True,
-        seed: int = 0,
-        drop_last: bool = False,
-        rank: int | None = None,
-        world: int | None = None,
-    ) -> None:
-        self.length = length
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.drop_last = drop_last
-        self.epoch = 0
-        self.batches = 0
-        self._restored = False
-        self._rank, self._world = rank, world
-
-    @property
-    def rank(self) -> int:  # type: ignore[override]
-        """Rank of this process."""
-        if self._rank is not None:
-            return self._rank
-        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-    @property
-    def num_replicas(self) -> int:  # type: ignore[override]
-        """Number of ranks."""
-        if self._world is not None:
-            return self._world
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-    @property
-    def stride(self) -> int:
-        """Samples that all ranks draw at once."""
-        return self.batch_size * self.num_replicas
-
-    @property
-    def finished(self) -> bool:
-        """Whether the epoch has no batch left."""
-        total = len(self) / self.batch_size
-        return self.batches >= (math.floor(total) if self.drop_last else math.ceil(total))
-
-    @property
-    def stream(self) -> int:
-        """Seed of this epoch's generator; 32 bits, which is all that torch's CPU generator reads."""
-        return (self.seed * 0x9E3779B1 + self.epoch) % 2**32
-
-    def __len__(self) -> int:
-        share = self.length / self.num_replicas
-        return math.floor(share) if self.drop_last else math.ceil(share)
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.stream)).tolist()
-        else:
-            order = list(range(self.length))
-        total = len(self) * self.num_replicas
-        padded = itertools.islice(itertools.cycle(order), total)
-        return itertools.islice(padded, self.batches * self.stride + self.rank, None, self.num_replicas)
-
-    def begin(self) -> None:
-        """Settles where the next iteration starts: at the restored place, or at the start of this epoch or the next."""
-        if self.finished:
-            self.epoch += 1
-            self.batches = 0
-        elif not self._restored:
-            self.batches = 0
-        self._restored = False
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of ``epoch``, unless a restored place stands in the middle of it."""
-        if self._restored and epoch == self.epoch and not self.finished:
-            return
-        self.epoch = epoch
-        self.batches = 0
-        self._restored = False
-
-    def place(self) -> dict[str, int]:
-        """Epoch, samples drawn over all ranks, and what the order depends on."""
-        drawn = self.length if self.finished else self.batches * self.stride
-        return {"epoch": self.epoch, "drawn": drawn, "length": self.length, "seed": self.seed}
-
-    def restore(self, place: dict[str, int]) -> None:
-        """Goes to ``place``, which may come from another number of ranks or another batch size."""
-        finished = place["drawn"] >= place["length"]
-        if place["drawn"] and not finished:
-            self._check(place)
-        self.epoch = place["epoch"]
-        self.batches = math.ceil(len(self) / self.batch_size) if finished else place["drawn"] // self.stride
-        self._restored = True
-
-    def _check(self, place: dict[str, int]) -> None:
-        for key, ours in (("length", self.length), ("seed", self.seed)):
-            if place[key] != ours:
-                raise ValueError(
-                    f"`StatefulLoader` has {key} {ours}, but the saved state stands in the middle of an epoch of {key} "
-                    f"{place[key]}: give the same data and seed, or resume from a checkpoint at the end of an epoch."
-                )
-        if again := place["drawn"] % self.stride:
-            warnings.warn(
-                f"{place['drawn']} samples of the epoch were drawn, which is no multiple of the {self.stride} that all "
-                f"ranks now draw at once: the last {again} are seen again.",
-                stacklevel=4,
-            )
+from apportion.order import Order
 
 
 class StatefulLoader(DataLoader[Any]):
@@ -164,6 +31,11 @@ class StatefulLoader(DataLoader[Any]):
         drop_last: Whether to drop a last batch that is not full.
         rank: Of this process; None for that of `torch.distributed`, or 0.
         world: Number of ranks; None for that of `torch.distributed`, or 1.
+        lengths: Of the samples, to shuffle them so that those of a batch are of about one length; None for any.
+        weights: Of the samples, such as their tokens. Each batch, a dictionary, gets a ``weight`` then: the mean weight
+            of the batches of its optimizer step over all ranks. A sum of losses divided by it makes every token of the
+            step count the same.
+        window: Batches of an optimizer step on each rank, as accumulated; it matters with ``weights`` only.
         sampler: Only for Lightning's ``overfit_batches``, which hands in a `SequentialSampler` to switch shuffling off.
         generator: Seeds the worker processes; set anew from (seed, epoch) in every epoch.
         **kwargs: Of `torch.utils.data.DataLoader`: ``num_workers``, ``collate_fn``, ``pin_memory`` ...
@@ -192,13 +64,22 @@ class StatefulLoader(DataLoader[Any]):
         drop_last: bool = False,
         rank: int | None = None,
         world: int | None = None,
+        lengths: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+        window: int = 1,
         sampler: object = None,
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> None:
         _refuse(dataset, sampler, kwargs)
+        for name, values in (("lengths", lengths), ("weights", weights)):
+            if values is not None and len(values) != len(dataset):
+                raise ValueError(f"`StatefulLoader({name}=...)` holds {len(values)} values for {len(dataset)} samples.")
+        if window < 1:
+            raise ValueError(f"`StatefulLoader(window={window})` must be at least 1: it is a number of batches.")
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
-        self.order = Order(len(dataset), batch_size, shuffle, seed, drop_last, rank, world)
+        self.lengths, self.weights, self.window = lengths, weights, window
+        self.order = Order(len(dataset), batch_size, shuffle, seed, drop_last, rank, world, lengths)
         super().__init__(
             dataset,
             batch_size=batch_size,
@@ -215,9 +96,20 @@ class StatefulLoader(DataLoader[Any]):
         """
         self.order.begin()
         self.generator.manual_seed(self.order.stream)
-        for batch in super().__iter__():
+        means = self._means() if self.weights is not None else itertools.repeat(None)
+        for batch, mean in zip(super().__iter__(), means, strict=False):
             self.order.batches += 1
-            yield batch
+            yield batch if mean is None else {**batch, "weight": mean}
+
+    def _means(self) -> Iterator[float]:
+        """For each batch that is left, the mean weight of the batches of its optimizer step."""
+        assert self.weights is not None
+        drawn = itertools.islice(self.order.all(), self.order.total * self.order.stride)
+        weights = [self.weights[i] for i in drawn]
+        size = self.window * self.order.stride
+        for batch in itertools.count(self.order.batches):
+            start = batch // self.window * size
+            yield sum(weights[start : start + size]) / (self.window * self.order.num_replicas)
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of ``epoch``, unless a restored state stands in the middle of it."""

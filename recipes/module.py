@@ -1,133 +1,89 @@
-"""LightningModules that fine-tune transformers models: sequences, images, next tokens.
-
-They know nothing of the selection: a callback decides what trains.
-"""
+"""LightningModules of the tasks: sorting texts and images, next tokens, encoder and decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import transformers
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics.text import ROUGEScore
 
-Optimizers = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+from apportion.recipes import packing
+from apportion.recipes.answers import Answer, continued, decoded, written_by
+from apportion.recipes.finetuning import FineTuning
+from apportion.recipes.tokens import IGNORED, load_tokenizer
 
 
-class FineTuning(pl.LightningModule):
-    """Loss and optimizer that the three tasks share; ``forward`` takes the batch of a transformers model.
+class Majority(Metric):
+    """Share of the most frequent class: the accuracy of who always says the same.
 
     Args:
-        path: Folder of a saved model; None for random weights.
-        config: With ``path``, values that replace those of the saved configuration. Without, a whole configuration: its
-            ``model_type`` and sizes.
-        peft: Configuration of an adapter, such as `peft.LoraConfig`; None to train the model's own weights.
-        optimizer: From parameters to the optimizer; None for AdamW at 1e-3.
-        schedule: Name that `transformers.get_scheduler` knows: ``constant``, ``linear``, ``cosine``.
-        warmup: Fraction of the steps over which the learning rate rises from 0; not with ``constant``.
-        dtype: Of the weights, such as ``bfloat16``; None for that of the file, or float32.
-        checkpointing: Whether to recompute activations in the backward pass (non-reentrant).
+        classes: Number of classes.
 
-    Raises:
-        ValueError: If neither ``path`` nor ``config`` names a model, or the schedule cannot have this ``warmup``.
+    Example:
+        >>> majority = Majority(3)
+        >>> majority.update(torch.tensor([2, 0, 2]))
+        >>> majority.update(torch.tensor([2]))
+        >>> majority.compute()
+        tensor(0.7500)
     """
 
-    auto: ClassVar[Any]
-    """The transformers class that builds the model of the task."""
+    full_state_update = False
+    counts: Tensor
 
-    objective: ClassVar[str] = "val/loss"
-    """The metric that a sweep optimizes."""
-
-    def __init__(
-        self,
-        path: str | None = None,
-        config: Mapping[str, Any] | None = None,
-        peft: Any = None,
-        optimizer: Optimizers | None = None,
-        schedule: str = "constant",
-        warmup: float = 0.0,
-        dtype: str | None = None,
-        checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, classes: int) -> None:
         super().__init__()
-        if not 0.0 <= warmup < 1.0:
-            raise ValueError(
-                f"`{type(self).__name__}(warmup={warmup})` must lie in [0, 1): it is a fraction of the steps."
-            )
-        if warmup and schedule == "constant":
-            raise ValueError("`schedule='constant'` has no warm-up: use 'constant_with_warmup', 'linear' or 'cosine'.")
-        self.model = build(self.auto, path, config or {}, dtype)
-        if peft:
-            self.model = adapt(self.model, peft)
-        if checkpointing:
-            recompute(self.model)
-        self._optimizer = optimizer
-        self.schedule = schedule
-        self.warmup = warmup
+        self.add_state("counts", torch.zeros(classes), dist_reduce_fx="sum")
 
-    def forward(self, **batch: Tensor) -> Any:
-        """Output of the transformers model, with ``loss`` and ``logits``."""
-        return self.model(**batch)
+    def update(self, labels: Tensor) -> None:
+        """Counts labels. Shape: (n,)."""
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss of the batch."""
-        loss: Tensor = self(**batch).loss
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over everything that can train, and the schedule per step."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = self._optimizer(trained) if self._optimizer else torch.optim.AdamW(trained, lr=1e-3)
-        if self.schedule == "constant":
-            return optimizer
-        total = int(self.trainer.estimated_stepping_batches)
-        scheduler = transformers.get_scheduler(self.schedule, optimizer, int(self.warmup * total), total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def compute(self) -> Tensor:
+        """The share."""
+        return self.counts.max() / self.counts.sum()
 
 
 class Classification(FineTuning):
-    """Accuracy beside the loss, for models that give one row of logits per sample."""
+    """Accuracy and more beside the loss, for models that give one row of logits per sample.
 
-    objective: ClassVar[str] = "val/accuracy"
+    Logs accuracy; the share of the most frequent class, which it has to beat; F1, of class 1 if there are two classes,
+    else the mean over classes; and Matthews' correlation.
+    """
+
+    objective = "val/accuracy"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        classes = self.model.config.num_labels
-        # Metrics of their own per split: a Trainer may validate between two test runs.
-        self.metrics = nn.ModuleDict(
-            {
-                split: nn.ModuleDict(
-                    {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(num_classes=classes, average="micro")}
-                )
-                for split in ("val", "test")
-            }
+        self.begin(self.model.config.num_labels)
+
+    def begin(self, classes: int) -> None:
+        """Makes the metrics."""
+        self.keep(
+            accuracy=lambda: MulticlassAccuracy(classes, average="micro"),
+            majority=lambda: Majority(classes),
+            f1=lambda: MulticlassF1Score(classes, average="macro" if classes > 2 else "none"),
+            matthews=lambda: MulticlassMatthewsCorrCoef(classes),
         )
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Updates loss and accuracy."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Updates loss and accuracy."""
-        self._evaluate("test", batch)
-
-    def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
+    def evaluate(self, split: str, batch: dict[str, Any]) -> None:
+        """Updates the loss and what compares classes."""
         output = self(**batch)
-        loss, accuracy = _pair(self.metrics[split], "loss", "accuracy")
-        loss.update(output.loss, len(batch["labels"]))
-        accuracy.update(output.logits, batch["labels"])
-        self.log_dict({f"{split}/loss": loss, f"{split}/accuracy": accuracy}, prog_bar=True)
+        self.loss(split, batch, output)
+        chosen, labels = output.logits.argmax(-1), batch["labels"]
+        self.metric(split, "majority").update(labels)
+        for name in ("accuracy", "f1", "matthews"):
+            self.metric(split, name).update(chosen, labels)
+        self.log(f"{split}/accuracy", self.metric(split, "accuracy"), prog_bar=True)
 
-
-class SequenceClassification(Classification):
-    """Fine-tunes a model that sorts texts into classes."""
-
-    auto = transformers.AutoModelForSequenceClassification
+    def finish(self, split: str) -> None:
+        """Logs what belongs beside the accuracy."""
+        for name in ("majority", "f1", "matthews"):
+            value = self.tell(split, name)
+            self.log(f"{split}/{name}", (value[-1] if value.ndim else value).float())
 
 
 class ImageClassification(Classification):
@@ -136,77 +92,156 @@ class ImageClassification(Classification):
     auto = transformers.AutoModelForImageClassification
 
 
+class SequenceClassification(Classification):
+    """Fine-tunes a model that sorts texts into classes, or gives each a number.
+
+    Args:
+        regression: Whether labels are numbers: the loss is the squared error, and Pearson's and Spearman's correlation
+            are logged. The model has one output then.
+        **kwargs: Of `apportion.recipes.finetuning.FineTuning`.
+
+    Raises:
+        ValueError: If ``regression`` does not fit the number of outputs.
+    """
+
+    auto = transformers.AutoModelForSequenceClassification
+
+    def __init__(self, regression: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        outputs = self.model.config.num_labels
+        if regression != (outputs == 1):
+            raise ValueError(
+                f"`model.regression={str(regression).lower()} model.config.num_labels={outputs}`: a model that gives a "
+                "number has one output, one that sorts has two or more."
+            )
+
+    def begin(self, classes: int) -> None:
+        """Makes the metrics of classes, or of numbers if there is one output."""
+        self.regression = classes == 1
+        if self.regression:
+            self.objective = "val/pearson"
+            self.keep(pearson=PearsonCorrCoef, spearman=SpearmanCorrCoef)
+        else:
+            super().begin(classes)
+
+    def evaluate(self, split: str, batch: dict[str, Any]) -> None:
+        """Updates the loss and what compares classes or numbers."""
+        if not self.regression:
+            return super().evaluate(split, batch)
+        output = self(**batch)
+        self.loss(split, batch, output)
+        for name in ("pearson", "spearman"):
+            self.metric(split, name).update(output.logits.float().squeeze(-1), batch["labels"].float())
+        return None
+
+    def finish(self, split: str) -> None:
+        """Logs what needs the whole split."""
+        if not self.regression:
+            return super().finish(split)
+        for name in ("pearson", "spearman"):
+            self.log(f"{split}/{name}", self.tell(split, name), prog_bar=name == "pearson")
+        return None
+
+
 class CausalLM(FineTuning):
-    """Fine-tunes a model that predicts the next token; the loss is in nats per token, perplexity is its exponential."""
+    """Fine-tunes a model that predicts the next token; the loss is in nats per token, perplexity is its exponential.
+
+    Args:
+        tokenizer: Folder or id of the tokenizer of what is generated; None for bytes.
+        answer: How final answers are found, as in `apportion.recipes.answers.Answer`; the model writes after each
+            prompt in validation and test then, and the share of right answers is logged. None does not generate.
+        new_tokens: At most so many for an answer.
+        **kwargs: Of `apportion.recipes.finetuning.FineTuning`.
+    """
 
     auto = transformers.AutoModelForCausalLM
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self, tokenizer: str | None = None, answer: str | None = None, new_tokens: int = 256, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.metrics = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self.answer = None if answer is None else Answer(answer)
+        self.new_tokens = new_tokens
+        if self.answer:
+            self.tokenizer = load_tokenizer(tokenizer)
+            self.objective = "val/exact_match"
+            self.keep(exact_match=MeanMetric)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Updates the loss."""
-        self._evaluate("val", batch)
+    def on_fit_start(self) -> None:
+        """Refuses to train on packed rows with a model that looks from one text into another."""
+        if getattr(self.trainer.datamodule, "packing", False):  # type: ignore[attr-defined]
+            packing.check(self.model, self)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Updates the loss."""
-        self._evaluate("test", batch)
+    def forward(self, **batch: Any) -> Any:
+        """Output of the transformers model; with a cache it would not look at positions that begin anew in a row."""
+        return super().forward(**batch, **({"use_cache": False} if "position_ids" in batch else {}))
 
-    def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
-        mean = self.metrics[split]
-        assert isinstance(mean, MeanMetric)
-        tokens = (batch["labels"][:, 1:] != -100).sum()
-        mean.update(self(**batch).loss, tokens)
-        self.log(f"{split}/loss", mean, prog_bar=True)
+    def count(self, batch: dict[str, Any]) -> Tensor:
+        """Tokens that are predicted."""
+        predicted: Tensor = batch["labels"][:, 1:] != IGNORED
+        return predicted.sum()
 
-    def on_validation_epoch_end(self) -> None:
+    def evaluate(self, split: str, batch: dict[str, Any]) -> None:
+        """Updates the loss, and the answers if the model is to write them."""
+        self.loss(split, batch, self(**batch))
+        if self.answer and "prompt" in batch:
+            prompts = [row[:length] for row, length in zip(batch["input_ids"], batch["prompt"], strict=True)]
+            written = continued(self.model, self.tokenizer, prompts, self.new_tokens)
+            right = [self.answer.same(*pair) for pair in zip(written, batch["reference"], strict=True)]
+            self.metric(split, "exact_match").update(torch.tensor(right, dtype=torch.float32, device=self.device))
+
+    def finish(self, split: str) -> None:
         """Logs the perplexity of the whole split, not the mean of those of its batches."""
-        self._perplexity("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the perplexity of the whole split, not the mean of those of its batches."""
-        self._perplexity("test")
-
-    def _perplexity(self, split: str) -> None:
-        mean = self.metrics[split]
-        assert isinstance(mean, MeanMetric)
-        self.log(f"{split}/perplexity", mean.compute().exp())
+        self.log(f"{split}/perplexity", self.metric(split, "loss").compute().exp())
+        if self.answer:
+            self.log(f"{split}/exact_match", self.tell(split, "exact_match"), prog_bar=True)
 
 
-def build(auto: Any, path: str | None, config: Mapping[str, Any], dtype: str | None = None) -> Any:
-    """A transformers model: saved at ``path``, or random from ``config``."""
-    kind = getattr(torch, dtype) if dtype else None
-    if path is not None:
-        return auto.from_pretrained(path, **config, **({"dtype": kind} if kind else {}))
-    if "model_type" not in config:
-        raise ValueError(
-            "`model.path` is None and `model.config` has no `model_type`: give the folder of a saved model "
-            "(`model.path=/data/tinyllama`) or a whole configuration (`model.config.model_type=llama ...`)."
-        )
-    settings = dict(config)
-    model = auto.from_config(transformers.AutoConfig.for_model(settings.pop("model_type"), **settings))
-    return model.to(kind) if kind else model
+class Seq2SeqLM(FineTuning):
+    """Fine-tunes a model with an encoder and a decoder; the loss is in nats per target token.
 
+    Args:
+        tokenizer: Folder or id of the tokenizer of what is generated; None for bytes.
+        generate: Whether to write in validation and test, and log ROUGE-1, -2 and -L (F) and exact match. There is no
+            stemming.
+        new_tokens: At most so many are written.
+        beams: Of the search.
+        **kwargs: Of `apportion.recipes.finetuning.FineTuning`.
+    """
 
-def adapt(model: Any, config: Any) -> Any:
-    """``model`` with the adapter that ``config`` describes, and with its classification head trainable."""
-    from peft import get_peft_model
+    auto = transformers.AutoModelForSeq2SeqLM
 
-    heads = [name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)]
-    if heads and not getattr(config, "modules_to_save", None):
-        config.modules_to_save = heads
-    return get_peft_model(model, config)
+    def __init__(
+        self, tokenizer: str | None = None, generate: bool = True, new_tokens: int = 64, beams: int = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.generate, self.new_tokens, self.beams = generate, new_tokens, beams
+        if generate:
+            self.tokenizer = load_tokenizer(tokenizer)
+            self.objective = "val/rougeL"
+            self.keep(rouge=lambda: ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL")), exact_match=MeanMetric)
 
+    def count(self, batch: dict[str, Any]) -> Tensor:
+        """Tokens of the targets."""
+        predicted: Tensor = batch["labels"] != IGNORED
+        return predicted.sum()
 
-def recompute(model: Any) -> None:
-    """Switches non-reentrant activation checkpointing on; transformers 5 renamed the method on its way."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    def evaluate(self, split: str, batch: dict[str, Any]) -> None:
+        """Updates the loss, and what compares texts if the model is to write them."""
+        self.loss(split, batch, self(**batch))
+        if not self.generate or "reference" not in batch:
+            return
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+        tokens = written_by(self.model, self.tokenizer, self.new_tokens, self.beams, **inputs)
+        written = decoded(self.tokenizer, tokens)
+        self.metric(split, "rouge").update(written, batch["reference"])
+        right = [Answer("text").same(*pair) for pair in zip(written, batch["reference"], strict=True)]
+        self.metric(split, "exact_match").update(torch.tensor(right, dtype=torch.float32, device=self.device))
 
-
-def _pair(metrics: Any, *names: str) -> list[Metric]:
-    return [metrics[name] for name in names]
+    def finish(self, split: str) -> None:
+        """Logs what was written."""
+        if not self.generate:
+            return
+        rouge = self.tell(split, "rouge")
+        self.log_dict({f"{split}/{name}": rouge[f"{name}_fmeasure"] for name in ("rouge1", "rouge2", "rougeL")})
+        self.log(f"{split}/exact_match", self.tell(split, "exact_match"))

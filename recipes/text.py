@@ -1,96 +1,108 @@
-"""Data modules over local text files: labelled texts for classification, running text for language modelling."""
+"""Data modules over texts: labelled texts for classification, running text for language modelling."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from apportion.recipes.data import Sample, Samples
+from apportion.recipes.columns import label, number, text
+from apportion.recipes.data import RowData, Sample
+from apportion.recipes.formats import Row
+from apportion.recipes.source import Split
+from apportion.recipes.tokens import load_tokenizer, padding, tensors
 
 
-class TextClassificationData(Samples):
-    """Labelled sentences from local files: TSV with a header, or JSON lines.
+class TextClassificationData(RowData):
+    """Texts, or pairs of texts, with a class or a number for each.
 
     Args:
-        train: Path of the training file, ``.tsv`` or ``.jsonl``.
-        val: Path of the validation file.
-        test: Path of the test file; None to test on ``val``.
+        train: Path of the training file, or split of ``path``, as in `apportion.recipes.source.Source`.
+        val: The same for validation.
+        test: The same for the test; None to test on ``val``.
         text: Name of the column with the text.
         pair: Name of a column with a second text; None for single texts.
-        label: Name of the column with the class, an integer from 0.
-        tokenizer: Folder of a saved tokenizer; None for bytes.
+        label: Name of the column with the class, or the number.
+        labels: Names of the classes in order; None for integers from 0.
+        classes: Number of classes, to check labels by; None for that of the model.
+        regression: Whether labels are numbers.
+        tokenizer: Folder of a saved tokenizer, or its id on the hub; None for bytes.
         length: Longest sequence in tokens; longer ones are cut.
-        batch_size: Samples per batch and rank.
-        seed: Of the order of the training samples.
-        num_workers: Processes that load training batches.
+        **options: Of `apportion.recipes.data.RowData`: ``batch_size``, ``seed``, ``bucket``, ``path`` ...
 
     Raises:
+        ValueError: If ``labels`` are not texts, or not as many as ``classes``.
         FileNotFoundError: If a file is missing, at set-up.
     """
 
     def __init__(
         self,
-        train: str,
-        val: str,
-        test: str | None = None,
+        train: Split,
+        val: Split = None,
+        test: Split = None,
         text: str = "text",
         pair: str | None = None,
         label: str = "label",
+        labels: Sequence[str] | None = None,
+        classes: int | None = None,
+        regression: bool = False,
         tokenizer: str | None = None,
         length: int = 128,
-        batch_size: int = 32,
-        seed: int = 0,
-        num_workers: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
-        self.paths = {"train": train, "val": val, "test": test}
+        super().__init__(train, val, test, **options)
+        check_labels(labels, None if regression else classes)
         self.text, self.pair, self.label = text, pair, label
+        self.labels, self.classes, self.regression = labels, classes, regression
         self.tokenizer, self.length = tokenizer, length
+        self._tokenizer: Any = None
 
-    def setup(self, stage: str) -> None:
-        """Reads and tokenizes the files."""
-        tokenizer = load_tokenizer(self.tokenizer)
-        self.collate = Padding({"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0})
-        self.train = self._samples("train", tokenizer)
-        self.val = self._samples("val", tokenizer)
-        self.test = self._samples("test", tokenizer)
+    def prepare(self) -> None:
+        """Loads the tokenizer."""
+        self._tokenizer = load_tokenizer(self.tokenizer)
+        self.collate = padding(self._tokenizer)
+        self.classes = self.classes or self.model_classes()
 
-    def _samples(self, split: str, tokenizer: Any) -> list[dict[str, Tensor]]:
-        path = self.paths[split]
-        if path is None:
-            return []
-        rows = read_rows(path, f"`TextClassificationData({split}={path!r})`")
-        columns = [self.text, self.label] + ([self.pair] if self.pair else [])
-        samples = []
-        for number, row in enumerate(rows):
-            if missing := [column for column in columns if column not in row]:
-                raise ValueError(f"Row {number} of {path} has no column {missing[0]!r}; it has {sorted(row)}.")
-            texts = (row[self.text], row[self.pair]) if self.pair else (row[self.text],)
-            encoded = tokenizer(*texts, truncation=True, max_length=self.length)
-            sample = {key: torch.tensor(encoded[key]) for key in ("input_ids", "attention_mask")}
-            samples.append(sample | {"labels": torch.tensor(int(row[self.label]))})
-        return samples
+    def samples(self, row: Row, split: str) -> Iterable[Sample]:
+        """The tokens of the text and its label."""
+        texts = [text(row, column) for column in (self.text, self.pair) if column]
+        if self.regression:
+            target = torch.tensor(number(row, self.label))
+        else:
+            target = torch.tensor(label(row, self.label, self.labels, self.classes))
+        encoded = self._tokenizer(*texts, truncation=True, max_length=self.length)
+        yield tensors(encoded) | {"labels": target}
 
 
-class CausalTextData(Samples):
-    """Running text from local files, cut into blocks of equal length for next-token prediction.
+def check_labels(labels: Sequence[str] | None, classes: int | None) -> None:
+    """Refuses names of classes that cannot be meant.
+
+    Raises:
+        ValueError: If they are not texts, or not as many as ``classes``.
+    """
+    if labels is None:
+        return
+    if odd := [name for name in labels if not isinstance(name, str)]:
+        raise ValueError(
+            f"`data.labels={list(labels)}` holds {odd[0]!r}, which is no text: quote it (YAML reads a bare yes or no "
+            "as true or false), or leave `data.labels` null for integers from 0."
+        )
+    if classes is not None and len(labels) != classes:
+        raise ValueError(f"`data.labels={list(labels)}` names {len(labels)} classes, but the model has {classes}.")
+
+
+class CausalTextData(RowData):
+    """Running text, cut into blocks of equal length for next-token prediction.
 
     Args:
-        train: Path of the training file, ``.txt``, or ``.jsonl`` with a column of texts.
-        val: Path of the validation file.
-        test: Path of the test file; None to test on ``val``.
-        text: Name of the column with the text in a ``.jsonl`` file.
-        tokenizer: Folder of a saved tokenizer; None for bytes.
+        train: Path of the training file, or split of ``path``: ``.txt``, or a column of texts in another format.
+        val: The same for validation.
+        test: The same for the test; None to test on ``val``.
+        text: Name of the column with the texts.
+        tokenizer: Folder of a saved tokenizer, or its id on the hub; None for bytes.
         length: Tokens per block; a rest shorter than a block is dropped.
-        batch_size: Samples per batch and rank.
-        seed: Of the order of the training samples.
-        num_workers: Processes that load training batches.
+        **options: Of `apportion.recipes.data.RowData`: ``batch_size``, ``seed``, ``path`` ...
 
     Raises:
         FileNotFoundError: If a file is missing, at set-up.
@@ -99,88 +111,40 @@ class CausalTextData(Samples):
 
     def __init__(
         self,
-        train: str,
-        val: str,
-        test: str | None = None,
+        train: Split,
+        val: Split = None,
+        test: Split = None,
         text: str = "text",
         tokenizer: str | None = None,
         length: int = 128,
         batch_size: int = 8,
-        seed: int = 0,
-        num_workers: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
-        self.paths = {"train": train, "val": val, "test": test}
+        super().__init__(train, val, test, batch_size, running=text, **options)
         self.text, self.tokenizer, self.length = text, tokenizer, length
+        self._tokenizer: Any = None
 
-    def setup(self, stage: str) -> None:
-        """Reads, tokenizes and cuts the files."""
-        tokenizer = load_tokenizer(self.tokenizer)
-        self.train = self._blocks("train", tokenizer)
-        self.val = self._blocks("val", tokenizer)
-        self.test = self._blocks("test", tokenizer)
+    def prepare(self) -> None:
+        """Loads the tokenizer."""
+        self._tokenizer = load_tokenizer(self.tokenizer)
 
-    def _blocks(self, split: str, tokenizer: Any) -> list[dict[str, Tensor]]:
-        path = self.paths[split]
-        if path is None:
+    def samples(self, row: Row, split: str) -> Iterable[Sample]:
+        """The tokens of a text."""
+        yield {"input_ids": torch.tensor(self._tokenizer(text(row, self.text))["input_ids"])}
+
+    def arrange(self, samples: list[Sample], split: str) -> list[Sample]:
+        """All texts of a split behind each other, in blocks."""
+        if not samples:
             return []
-        call = f"`CausalTextData({split}={path!r})`"
-        if path.endswith(".txt"):
-            texts = [existing(path, call).read_text(encoding="utf-8")]
-        else:
-            texts = [row[self.text] for row in read_rows(path, call)]
-        tokens = torch.tensor([token for text in texts for token in tokenizer(text)["input_ids"]])
+        tokens = torch.cat([sample["input_ids"] for sample in samples])
         blocks = tokens[: len(tokens) // self.length * self.length].view(-1, self.length)
         if not len(blocks):
             raise ValueError(
-                f"{call} holds {len(tokens)} tokens, too few for a block of {self.length}: lower `length`."
+                f"`data.{split}` ({self.source.where(split)}) holds {len(tokens)} tokens, too few for a block of "
+                f"{self.length}: lower `data.length`."
             )
         return [{"input_ids": block, "labels": block} for block in blocks]
 
-
-class Padding:
-    """Stacks samples, padding sequences on the right to the longest of the batch.
-
-    Args:
-        values: What each key is padded with; keys that are not named are stacked as they are.
-    """
-
-    def __init__(self, values: Mapping[str, int]) -> None:
-        self.values = dict(values)
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """One batch. Shapes: (length_i,) each to (batch, longest)."""
-        padded = {
-            key: torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=value)
-            for key, value in self.values.items()
-        }
-        return padded | {k: torch.stack([s[k] for s in samples]) for k in samples[0] if k not in padded}
-
-
-def existing(path: str, call: str) -> Path:
-    """The path, or an error that says from which folder a relative path was looked up."""
-    found = Path(path).expanduser()
-    if not found.is_file():
-        raise FileNotFoundError(
-            f"{call}: there is no file {found.absolute()}. Give an absolute path, or one relative to the folder "
-            "in which the command was started."
-        )
-    return found
-
-
-def read_rows(path: str, call: str) -> list[dict[str, Any]]:
-    """Rows of a ``.tsv`` file with a header or of a ``.jsonl`` file."""
-    found = existing(path, call)
-    if found.suffix == ".jsonl":
-        return [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if found.suffix == ".tsv":
-        with found.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    raise ValueError(f"{call}: the file must end in .tsv or .jsonl, not {found.suffix!r}.")
-
-
-def load_tokenizer(path: str | None) -> Any:
-    """The tokenizer saved at ``path``, or one whose tokens are bytes, which needs no file."""
-    from transformers import AutoTokenizer, ByT5Tokenizer
-
-    return ByT5Tokenizer() if path is None else AutoTokenizer.from_pretrained(path)
+    def tokens(self, sample: Sample) -> int:
+        """All but the first token of a block are predicted."""
+        return self.length - 1

@@ -22,6 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from apportion.recipes import sweep
+from apportion.recipes.processes import guard
+from apportion.recipes.smoke import smoke
+
 
 def train(cfg: DictConfig) -> float:
     """Trains, validates and tests once, and writes what came out into the run folder.
@@ -35,6 +39,7 @@ def train(cfg: DictConfig) -> float:
     Raises:
         ValueError: If a callback's config has no ``_target_``, or the objective was not logged.
     """
+    cfg = smoke(cfg) if cfg.get("smoke") else cfg
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     folder = Path(HydraConfig.get().runtime.output_dir)
     data = instantiate(cfg.data, _convert_="all")
@@ -49,6 +54,7 @@ def train(cfg: DictConfig) -> float:
         enable_checkpointing=bool(saver),
         _convert_="all",
     )
+    guard(trainer, cfg.objective or module.objective, cfg)
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     started = time.perf_counter()
@@ -57,9 +63,12 @@ def train(cfg: DictConfig) -> float:
     metrics = evaluate(trainer, module, data, cfg.test)
     objective = score(metrics, cfg.objective or module.objective)
     if trainer.is_global_zero:
-        write(folder / "metrics.json", {"metrics": metrics, "objective": objective, **facts(trainer, module, seconds)})
         for name, callback in callbacks.items():
             save_history(folder / "history" / f"{name}.json", callback)
+        # Last: a sweep takes the job for done as soon as this file is whole.
+        named = {"recipe": cfg.get("recipe"), "smoke": bool(cfg.get("smoke"))}
+        told = {"metrics": metrics, "objective": objective, **named, **facts(trainer, module, seconds)}
+        write(folder / "metrics.json", told)
         show(metrics, folder)
     return objective
 
@@ -131,7 +140,8 @@ def save_history(path: Path, callback: Any) -> None:
         chosen = {"counts": history.counts.tolist(), "sizes": history.sizes.tolist()}
     else:
         chosen = {"masks": history.masks.int().tolist()}
-    write(path, {"names": list(history.names), "steps": list(history.steps), **chosen})
+    units = type(callback.slots.units).__name__.lower() if hasattr(callback, "slots") else None
+    write(path, {"units": units, "names": list(history.names), "steps": list(history.steps), **chosen})
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -152,10 +162,19 @@ def show(metrics: Mapping[str, float], folder: Path) -> None:
     """Prints the metrics and the folder."""
     table = Table("metric", "value")
     for name in sorted(metrics):
-        table.add_row(name, f"{metrics[name]:.4g}")
+        if name.endswith("/majority"):
+            continue
+        value, usual = f"{metrics[name]:.4g}", metrics.get(name.replace("/accuracy", "/majority"))
+        told = f" (always the most frequent class: {usual:.4g})" if name.endswith("/accuracy") and usual else ""
+        table.add_row(name, value + told)
     console = Console()
     console.print(table)
     console.print(f"run folder: {folder}", soft_wrap=True)
+
+
+def job(cfg: DictConfig) -> float:
+    """`train` as a job of a sweep, which is done once and goes on where it was stopped."""
+    return sweep.run(train, cfg)
 
 
 def _since_1_4() -> bool:
@@ -166,7 +185,7 @@ def _since_1_4() -> bool:
 # Hydra 1.4 warns when a version base is given; 1.3 changes the working directory when none is.
 main = hydra.main(
     config_path="pkg://apportion.conf", config_name="train", **({} if _since_1_4() else {"version_base": "1.3"})
-)(train)
+)(job)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Seque
 from apportion.loader import StatefulLoader
 
 MakeTrainer = Callable[..., pl.Trainer]
+LENGTHS = [7 * i % 20 for i in range(20)]
 
 
 def loader(n: int = 20, **kwargs: Any) -> StatefulLoader:
@@ -36,7 +37,11 @@ def take(source: StatefulLoader, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("stop", range(16))
-@pytest.mark.parametrize("kwargs", [{}, {"drop_last": True}, {"shuffle": False}, {"rank": 1, "world": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"drop_last": True}, {"shuffle": False}, {"rank": 1, "world": 2}, {"lengths": LENGTHS}],
+    ids=["plain", "dropped", "ordered", "rank", "lengths"],
+)
 def test_the_batches_left_and_the_next_epochs_follow_a_resume(stop: int, kwargs: dict[str, Any]) -> None:
     expected = take(loader(**kwargs), 24)
     stopped = loader(**kwargs)
@@ -128,6 +133,67 @@ def test_other_data_or_another_seed_cannot_continue_an_epoch(other: dict[str, An
         loader(**other).load_state_dict(stopped.state_dict())
     take(stopped, 7)
     loader(**other).load_state_dict(stopped.state_dict())  # at the end of an epoch nothing is left to continue
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_samples_of_about_one_length_are_drawn_together_in_no_order_of_lengths(world: int) -> None:
+    lengths = [37 * i % 1000 for i in range(1000)]
+    shards = []
+    for rank in range(world):
+        source = loader(1000, batch_size=4, lengths=lengths, rank=rank, world=world)
+        shards.append(take(source, 2 * 1000 // 4 // world))
+    half = len(shards[0]) // 2
+    for epoch in (slice(half), slice(half, None)):
+        drawn = sorted(sample for shard in shards for batch in shard[epoch] for sample in batch)
+        assert drawn == list(range(1000))
+    spans = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in shards[0]]
+    assert sum(spans) / len(spans) < 25 * world  # 600 for four of a thousand at random
+    means = torch.tensor([sum(lengths[i] for i in batch) / len(batch) for batch in shards[0]])
+    assert abs(float(torch.corrcoef(torch.stack([means[:-1], means[1:]]))[0, 1])) < 0.3
+    assert shards[0][:half] != shards[0][half:]
+
+
+def test_the_batch_that_is_not_full_stays_the_last_among_lengths() -> None:
+    sizes = [len(batch) for batch in take(loader(20, lengths=LENGTHS), 14)]
+    assert sizes == [3, 3, 3, 3, 3, 3, 2] * 2
+
+
+def test_an_order_by_length_continues_with_the_same_stride_only() -> None:
+    stopped = loader(lengths=LENGTHS)
+    take(stopped, 2)
+    for other in ({"lengths": LENGTHS, "batch_size": 4}, {"lengths": LENGTHS, "world": 2, "rank": 0}, {}):
+        with pytest.raises(ValueError, match="the order by length depends on it"):
+            loader(**other).load_state_dict(stopped.state_dict())
+    take(stopped, 7)
+    loader(batch_size=4).load_state_dict(stopped.state_dict())  # at the end of an epoch nothing is left to continue
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_batch_is_told_the_mean_weight_of_its_optimizer_step(world: int) -> None:
+    data = [{"i": torch.tensor(i)} for i in range(22)]
+    weights = [1.0 + i for i in range(22)]
+
+    def drawn(rank: int, skip: int = 0) -> list[dict[str, Any]]:
+        source = StatefulLoader(data, 2, True, seed=3, rank=rank, world=world, weights=weights, window=3)
+        source.load_state_dict(source.state_dict() | {"drawn": skip * 2 * world})
+        return list(source)
+
+    ranks = [drawn(rank) for rank in range(world)]
+    count = len(ranks[0])
+    assert count == -(-22 // (2 * world))
+    for first in range(0, count, 3):
+        step = [batch for rank in ranks for batch in rank[first : first + 3]]
+        total = sum(weights[i] for batch in step for i in batch["i"].tolist())
+        assert {batch["weight"] for batch in step} == {total / (3 * world)}
+    assert [batch["weight"] for batch in drawn(0, skip=4)] == [batch["weight"] for batch in ranks[0][4:]]
+
+
+def test_lengths_weights_and_windows_that_cannot_be_are_refused() -> None:
+    for wrong in ({"lengths": [1]}, {"weights": [1.0] * 21}):
+        with pytest.raises(ValueError, match="values for 20 samples"):
+            loader(**wrong)
+    with pytest.raises(ValueError, match="window=0"):
+        loader(window=0)
 
 
 def test_an_order_of_ones_own_is_refused() -> None:

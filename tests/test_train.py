@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from running import trained
 
-from apportion.recipes.data import DigitsData
+from apportion.recipes.digits import DigitsData
 from apportion.recipes.module import CausalLM, ImageClassification, SequenceClassification
 from apportion.recipes.text import CausalTextData, TextClassificationData
-from apportion.recipes.train import pieces, score, train, write
+from apportion.recipes.train import pieces, score, show, write
 
 MakeTrainer = Callable[..., pl.Trainer]
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -33,30 +30,10 @@ def run(tmp_path: Path) -> Callable[..., float]:
 
     def go(*overrides: str, folder: str = "run") -> float:
         sizes = [f"model.config.{key}={value}" for key, value in SIZES.items()]
-        quiet = [
-            "trainer=cpu",
-            "trainer.enable_progress_bar=false",
-            "logger=none",
-            f"hydra.run.dir={tmp_path / folder}",
-        ]
-        with initialize_config_module("apportion.conf", version_base="1.3"):
-            cfg = compose("train", overrides=[*sizes, *quiet, *overrides], return_hydra_config=True)
-            with open_dict(cfg):
-                cfg.hydra.runtime.output_dir = str(tmp_path / folder)
-            HydraConfig.instance().set_config(cfg)
-            try:
-                return train(_without_hydra(cfg))
-            finally:
-                HydraConfig.instance().cfg = None
-                GlobalHydra.instance().clear()
+        quiet = ["trainer=cpu", "trainer.enable_progress_bar=false", "logger=none"]
+        return trained(tmp_path / folder, *sizes, *quiet, *overrides)
 
     return go
-
-
-def _without_hydra(cfg: DictConfig) -> DictConfig:
-    with open_dict(cfg):
-        cfg.pop("hydra")
-    return cfg
 
 
 def test_full_tuning_learns_the_digits_and_returns_its_accuracy(run: Callable[..., float], tmp_path: Path) -> None:
@@ -77,6 +54,13 @@ def test_the_objective_can_be_another_metric(run: Callable[..., float], tmp_path
 def test_an_objective_that_was_not_logged_lists_those_that_were() -> None:
     with pytest.raises(ValueError, match=r"val/acc` was not logged; choose one of \['val/accuracy'\]"):
         score({"val/accuracy": 1.0}, "val/acc")
+
+
+def test_the_most_frequent_class_stands_beside_the_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show({"val/accuracy": 0.91, "val/majority": 0.655, "val/loss": 0.2}, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("0.91 (always the most frequent class: 0.655)" in line for line in lines)
+    assert not any("val/majority" in line for line in lines)
 
 
 # Without a callback nobody saves the random numbers of dropout.
@@ -157,6 +141,7 @@ def test_a_saved_model_is_loaded_with_its_weights(tmp_path: Path) -> None:
     saved = ImageClassification(config=VIT)
     saved.model.save_pretrained(tmp_path)
     loaded = ImageClassification(path=str(tmp_path))
+    assert all(part.training for part in loaded.modules())
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True))
 
 
