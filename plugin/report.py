@@ -6,12 +6,9 @@ and Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/).
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from apportion.comparison import Row
+from apportion.report_page import Table, page, picture
+from apportion.report_page import notes as paragraphs
 
 PARTS = {
     "weights": "#999999",
@@ -115,7 +114,7 @@ def selection_heatmap(
         scale = figure.colorbar(image, ax=axes[:, 0], location="top", fraction=0.02, pad=0.01, aspect=60)
         scale.set_label("share of the layer's units that are trained", size=_SIZE)
     figure.suptitle(title, fontsize=12)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def density_heatmap(histories: Mapping[str, HistoryLike], path: str | Path, title: str = "") -> Path:
@@ -141,7 +140,7 @@ def density_heatmap(histories: Mapping[str, HistoryLike], path: str | Path, titl
         axis.set_ylim(-0.5, len(layers) - 0.5)
         figure.colorbar(image, ax=axis, pad=0.01).set_label("% of its entries", size=_SIZE)
     figure.suptitle(title, fontsize=12)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def densities(history: HistoryLike) -> tuple[list[str], list[str], np.ndarray]:
@@ -204,10 +203,11 @@ def memory_timeline(timelines: Mapping[str, Sequence[Mapping[str, float]]], path
     handles, labels = axes[0, 0].get_legend_handles_labels()
     box: dict[str, Any] = {"loc": "outside upper center", "ncols": len(PARTS), "frameon": False}
     figure.legend(handles, labels, title=title or None, fontsize=_SIZE, title_fontsize=12, **box)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes a figure and returns where it is; folders that are missing are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -241,25 +241,6 @@ def html_page(
     Returns:
         ``path``.
     """
-    body = []
-    for row in rows:
-        numbers = "".join(
-            f'<td data-value="{"" if value is None else value}">{text}</td>' for text, value in cells(row)
-        )
-        body.append(f'<tr><th scope="row">{html.escape(row.name)}</th>{numbers}</tr>')
-    pictures = []
-    for caption, file in figures.items():
-        data = base64.b64encode(Path(file).read_bytes()).decode()
-        text = html.escape(caption)
-        image = f'<div><img alt="{text}" src="data:image/png;base64,{data}"></div>'
-        pictures.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
-    page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
-        title=html.escape(title),
-        head="".join(f'<th scope="col"><button type="button">{text}</button></th>' for text in HEADINGS),
-        rows="\n".join(body),
-        notes="\n".join(f"<p>{html.escape(note)}</p>" for note in notes),
-        figures="\n".join(pictures),
-    )
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path
+    listed = tuple(((row.name, row.name), *cells(row)) for row in rows)
+    pictures = [picture(file, caption) for caption, file in figures.items()]
+    return page(title, [Table(HEADINGS, listed).html(), paragraphs(notes), *pictures], path)

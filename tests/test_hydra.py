@@ -93,14 +93,22 @@ def test_a_wrong_option_lists_the_right_ones() -> None:
         composed("callbacks=liza")
 
 
-def test_a_sweep_of_presets_and_seeds_trains_each_of_them(tmp_path: Path) -> None:
-    done = run("-m", "callbacks=lisa,ist", "seed=1,2", "peft=lora", *TINY, "hydra.sweep.dir=sweep", cwd=tmp_path)
+def test_a_sweep_of_presets_and_seeds_trains_each_of_them_once(tmp_path: Path) -> None:
+    sweep = ["-m", "callbacks=lisa,ist", "peft=lora", *TINY, "hydra.sweep.dir=sweep"]
+    done = run(*sweep, "seed=1,2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = [json.loads((tmp_path / "sweep" / str(job) / "metrics.json").read_text()) for job in range(4)]
+    files = list((tmp_path / "sweep").glob("*/metrics.json"))
+    results = [json.loads(file.read_text()) for file in files]
     assert [result["steps"] for result in results] == [6] * 4
-    assert (tmp_path / "sweep/0/history/lisa.json").exists()
-    assert (tmp_path / "sweep/2/history/ist.json").exists()
-    assert results[0]["metrics"]["train/loss"] != results[1]["metrics"]["train/loss"]
+    assert len({result["metrics"]["train/loss"] for result in results}) == 4
+    histories = [path.name for path in (tmp_path / "sweep").glob("*/history/*.json")]
+    assert sorted(histories) == ["ist.json"] * 2 + ["lisa.json"] * 2
+    written = [file.stat().st_mtime_ns for file in files]
+    again = run(*sweep, "seed=oops,1,2,3", cwd=tmp_path)
+    assert again.returncode != 0  # a seed that is no number fails, and the others do not
+    assert [file.stat().st_mtime_ns for file in files] == written
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 6
+    assert len(list((tmp_path / "sweep").glob("*/failure.json"))) == 2
 
 
 def test_the_slots_train_from_the_command_line_without_a_preset(tmp_path: Path) -> None:
