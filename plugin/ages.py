@@ -29,18 +29,32 @@ def check(optimizers: list[Optimizer]) -> None:
             )
 
 
+def younger(age: Tensor, step: Tensor) -> Tensor:
+    """Which entries have an age other than the tensor's number of steps: their places, int64.
+
+    Each step adds one to both, so they stay the same until the selection changes: a device need not be asked again.
+
+    Example:
+        >>> younger(torch.tensor([3, 1, 3]), torch.tensor(3.0))
+        tensor([1])
+    """
+    return (age != step.to(age.device)).nonzero().flatten()
+
+
 @torch.no_grad()
-def correct(w: Tensor, before: Tensor, age: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+def correct(
+    w: Tensor, before: Tensor, age: Tensor, young: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> None:
     """Redoes Adam's last step, in place, for the entries whose age is not the tensor's number of steps.
 
     Args:
         w: Values after the step, shape (k,).
         before: Values before it, shape (k,).
         age: Steps that each entry has taken, this one included, at least 1, shape (k,).
+        young: Places of those entries, see `younger`.
         state: Adam's state of ``w`` after the step.
         group: Its param group.
     """
-    young = (age != state["step"].to(age.device)).nonzero().flatten()
     if not len(young):
         return
     b1, b2 = group["betas"]

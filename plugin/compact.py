@@ -87,6 +87,8 @@ class Gathered:
         self._rounds = p.dtype != kind
         self._version = p._version
         self._before: Tensor | None = None
+        self._young: Tensor | None = None
+        self._counter: Tensor | None = None  # the step that `_young` was found with
         self._handle = p.register_post_accumulate_grad_hook(self._arrived)
         self._forward = None if layer is None else SparseForward(layer, p, self, self._handle.id, capture)
 
@@ -124,6 +126,7 @@ class Gathered:
         carry_state(state, carry, len(self.index), reset=self.fate.kept == "reset")
         if self.age is not None:
             self.age = carry.over(self.age) if self.fate.kept == "keep" else self.age.new_zeros(len(new))
+            self._young = None
         if self.origin is not None:
             before = self.origin
             self.origin = read(p, new)
@@ -154,9 +157,11 @@ class Gathered:
         self.index, self.leaf.grad, self.leaf.data = self.index[:0], None, self.leaf.data[:0]
         self.age = None if self.age is None else self.age[:0]
         self.origin = None if self.origin is None else self.origin[:0]
+        self._young = None
 
     def forget(self) -> None:
         """Makes all ages zero, as moments that begin anew have to be corrected anew."""
+        self._young = None
         if self.age is not None:
             self.age.zero_()
 
@@ -173,7 +178,10 @@ class Gathered:
             assert self.age is not None
             assert self.optimizer is not None
             group = next(g for g in self.optimizer.param_groups if any(q is self.leaf for q in g["params"]))
-            ages.correct(self.leaf.detach(), self._before, self.age, self.optimizer.state[self.leaf], group)
+            state = self.optimizer.state[self.leaf]
+            if self._young is None or self._counter is not state["step"]:
+                self._young, self._counter = ages.younger(self.age, state["step"]), state["step"]
+            ages.correct(self.leaf.detach(), self._before, self.age, self._young, state, group)
             self._before = None
         if len(self.index):
             write(p, self.index, self.leaf.detach())
@@ -196,6 +204,7 @@ class Gathered:
         self.leaf.data = values.to(device=p.device, dtype=self.leaf.dtype, copy=True)
         if self.age is not None and "age" in saved:
             self.age = saved["age"].to(device=p.device, dtype=torch.int32, copy=True)
+            self._young = None
         if self.origin is not None and "origin" in saved:
             self.origin = saved["origin"].to(device=p.device, dtype=p.dtype, copy=True)
 

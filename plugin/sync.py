@@ -111,14 +111,16 @@ class Reducer:
 
     def _reduce_bucket(self, bucket: list[nn.Parameter], ranks: int) -> None:
         # One flag per tensor rides along: a tensor without a gradient on any rank must stay so, or decay moves it.
-        flags = bucket[0].new_tensor([0.0 if p.grad is None else 1.0 for p in bucket])
+        missing = any(p.grad is None for p in bucket)
+        flags = bucket[0].new_ones(len(bucket))
+        if missing:  # values of the host's make the device wait, and reading them the host: only where needed
+            flags = bucket[0].new_tensor([0.0 if p.grad is None else 1.0 for p in bucket])
         parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket]
         flat = torch.cat([*parts, flags]).div_(ranks)  # before the sum, which may overflow in half precision
         dist.all_reduce(flat)
         self.bytes += flat.numel() * flat.element_size()
         *parts, flags = torch.split(flat, [p.numel() for p in bucket] + [len(bucket)])
-        missing = any(p.grad is None for p in bucket)
-        seen = flags.tolist() if missing else [1.0] * len(bucket)  # reading waits for the device: only where needed
+        seen = flags.tolist() if missing else [1.0] * len(bucket)
         for p, part, flag in zip(bucket, parts, seen, strict=True):
             if p.grad is not None:
                 p.grad.copy_(part.view_as(p))

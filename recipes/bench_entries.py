@@ -1,6 +1,6 @@
 """The bars of single entries: what they hold, what a step with them takes, and what choosing them takes.
 
-    python -m apportion.recipes.bench_entries        writes results/entries.json and results/entries.md
+    python -m apportion.recipes.bench_entries        writes results/entries.json
 
 Memory, in bytes, the same in every run: the optimizer's state, fp32 values, gradients and indices, added up whenever a
 dense gradient arrives and around the optimizer's step, against 20 bytes for each selected entry and one dense tensor.
@@ -44,7 +44,7 @@ class Plan:
 
     memory: tuple[Size, ...] = (
         _SMALL,
-        Size("500 M", 1280, 3456, 24, tokens=128),
+        Size("120 M", 768, 2048, 16, tokens=64),
     )
     timed: Size = _SMALL
     shares: tuple[float, ...] = (0.001, 0.01, 0.05)
@@ -106,17 +106,17 @@ def measure(plan: Plan, report: Callable[[str], Any], make: Callable[[], Any] = 
     return {"bars": BARS, "passed": passed, **figures}
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The figures as tables."""
+def section(result: dict[str, Any]) -> list[str]:
+    """The tables as Markdown."""
     verdicts = {True: "passed", False: "MISSED", None: "not run"}
     said = {bar: verdicts[outcome] for bar, outcome in result["passed"].items()}
     lines = [
-        "# Bars of single entries",
+        "## Single entries",
         "",
         f"`{result['command']}`, {result['seconds']} s, {result['device']}, torch {result['torch']}, transformers "
         f"{result['transformers']}. Llama-shaped models, fp32, random weights and tokens.",
         "",
-        "## Memory on steps without selection",
+        "### Memory on steps without selection",
         "",
         "In MiB, at the moment when they are most together.",
         "",
@@ -146,7 +146,7 @@ def markdown(result: dict[str, Any]) -> str:
             for m in result["memory"]
         ),
         "",
-        f"## Step at {first['share']:.0%}, {first['tokens']} tokens, median of {first['turns']} turns",
+        f"### Step at {first['share']:.0%}, {first['tokens']} tokens, median of {first['turns']} turns",
         "",
         "| optimizer | compact, s | masked-dense, s | lean masked-dense, s | forward + backward, s | to masked-dense "
         "| to lean | to forward + backward |",
@@ -160,7 +160,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"The bars, for the first line: {BARS['to_masked']} of masked-dense ({said['to_masked']}), {BARS['to_alone']} "
         f"of forward + backward ({said['to_alone']}).",
         "",
-        "## Forward and backward of one linear layer, by the way its gradients are got",
+        "### Forward and backward of one linear layer, by the way its gradients are got",
         "",
         f"{result['capture'][0]['tokens']} tokens. Temporaries hold the gradient of the input in any case.",
         "",
@@ -175,7 +175,7 @@ def markdown(result: dict[str, Any]) -> str:
             for c in result["capture"]
         ),
         "",
-        "## ID3's selection step",
+        "### ID3's selection step",
         "",
     ]
     r = result["rival"]
@@ -196,7 +196,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"Not run: {r['reason']}")
     lines += [
         "",
-        "## LIFT's refresh of one matrix against an exact SVD",
+        "### LIFT's refresh of one matrix against an exact SVD",
         "",
         "| matrix | rank | singular values | exact, s | cold, s | warm, s | cold / exact | warm / exact "
         "| same entries, cold | warm |",
@@ -208,13 +208,13 @@ def markdown(result: dict[str, Any]) -> str:
         f"| {f['cold_overlap']:.2%} | {f['warm_overlap']:.2%} |"
         for f in result["refresh"]
     ]
-    return "\n".join([*lines, ""])
+    return [*lines, ""]
 
 
 def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> int:
-    """Measures everything, writes ``entries.json`` and ``entries.md``, and fails if a bar is missed."""
+    """Measures everything, writes ``entries.json``, and fails if a bar is missed."""
     made = argparse.ArgumentParser(prog="bench_entries", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--out", type=Path, default=Path("results"), help="folder for entries.json and entries.md")
+    made.add_argument("--out", type=Path, default=Path("results"), help="folder for entries.json")
     out: Path = made.parse_args(arguments).out
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
@@ -232,8 +232,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "entries.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / "entries.md").write_text(markdown(result))
-    Console().print(markdown(result), highlight=False, soft_wrap=True, markup=False)
+    Console().print("\n".join(section(result)), highlight=False, soft_wrap=True, markup=False)
     return 1 if False in result["passed"].values() else 0
 
 

@@ -1,6 +1,6 @@
 """The memory bars: what LISA and IST hold at the peak, against what they cannot do without, on fake tensors.
 
-    python -m apportion.recipes.bench_memory        writes results/memory.json and results/memory.md
+    python -m apportion.recipes.bench_memory        writes results/memory.json
 
 LISA, Llama-2-7B, bf16, 1 x 1024 tokens, non-reentrant checkpointing: ten switches, with the peak of the steps before
 each, of the optimizer step that holds it, and of the steps after it. The floor of a set is the same tracker on a plain
@@ -144,15 +144,16 @@ def ist(report: Any) -> dict[str, Any]:
     }
 
 
-def _markdown(result: dict[str, Any]) -> str:
+def section(result: dict[str, Any]) -> list[str]:
+    """The tables as Markdown."""
     first, second = result["lisa"], result["ist"]
     lines = [
-        "# Memory bars",
+        "## Memory of layers",
         "",
         f"`python -m apportion.recipes.bench_memory`, {result['cpu_seconds']} s of one core, torch {result['torch']}, "
         f"transformers {result['transformers']}. Fake tensors; Llama-2-7B, bf16, 1 x 1024, checkpointing.",
         "",
-        "## LISA(active_layers=2) against the floor of its set",
+        "### LISA(active_layers=2) against the floor of its set",
         "",
         "| switch | step before | at the switch | step after | highest peak, GiB | floor before / after, GiB |",
         "|---|---|---|---|---|---|",
@@ -166,7 +167,7 @@ def _markdown(result: dict[str, Any]) -> str:
         "",
         f"Worst {first['worst']:.4f} of the floor; the bar is {first['bar']}.",
         "",
-        "## IST on LoRA of rank 32: optimizer state",
+        "### IST on LoRA of rank 32: optimizer state",
         "",
         "| | MiB | share of LoRA's |",
         "|---|---|---|",
@@ -179,13 +180,13 @@ def _markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {label} | {size / _MIB:.1f} | {size / second['lora_state']:.3f} |")
     peaks = f"{second['lora_peak']['peak'] / _GIB:.2f} GiB, IST {second['ist_peak']['peak'] / _GIB:.2f} GiB"
     lines += ["", f"Peak of a step: LoRA {peaks}. The bar is 0.25 of LoRA's state on the device.", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs both bars, writes ``memory.json`` and ``memory.md``, and fails if a bar is missed."""
+    """Runs both bars, writes ``memory.json``, and fails if a bar is missed."""
     made = argparse.ArgumentParser(prog="bench_memory", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--out", type=Path, default=Path("results"), help="folder for memory.json and memory.md")
+    made.add_argument("--out", type=Path, default=Path("results"), help="folder for memory.json")
     out: Path = made.parse_args(arguments).out
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
@@ -202,8 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / "memory.md").write_text(_markdown(result))
-    Console().print(_markdown(result), highlight=False, soft_wrap=True, markup=False)
+    Console().print("\n".join(section(result)), highlight=False, soft_wrap=True, markup=False)
     return 0 if result["lisa"]["passed"] and result["ist"]["passed"] else 1
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,33 +17,22 @@ from apportion.candidates import Site
 from apportion.collector import Collector
 from apportion.optim import Selective
 from apportion.principal import Principal
+from apportion.recipes import peers
 from apportion.recipes.entry_bars import LR, Size, adamw, backward, candidates, trainable
 from apportion.topk import best
 from apportion.windows import Window
 
-RIVAL = "selective-optimizers==0.4"
-CACHE = Path.home() / ".cache" / "apportion" / RIVAL.replace("==", "-")
+RIVAL = peers.SELECTIVE_OPTIMIZERS.requirement
 EPS = 1e-3
 
 
-def fetched(cache: Path = CACHE, requirement: str = RIVAL) -> Any:
+def fetched(cache: Path = peers.CACHE) -> Any:
     """The function of selective-optimizers that makes an optimizer, from the cache or from PyPI.
 
     Raises:
         RuntimeError: If it is neither there nor to be had.
     """
-    if not (cache / "selective_optimizers").is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1"]
-        target = ["--no-deps", "--target", str(cache), requirement]
-        done = subprocess.run(pip + target, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["pip failed"]
-            raise RuntimeError(f"`pip install --no-deps --target {cache} {requirement}`: {said[-1]}")
-    sys.path.insert(0, str(cache))
-    try:
-        return importlib.import_module("selective_optimizers.wrap").get_selective_optimizer
-    finally:
-        sys.path.remove(str(cache))
+    return peers.module(peers.SELECTIVE_OPTIMIZERS, "selective_optimizers.wrap", cache).get_selective_optimizer
 
 
 def selection_step(size: Size, share: float, turns: int, make: Any, growth: int = 100) -> dict[str, Any]:
@@ -73,13 +59,13 @@ def selection_step(size: Size, share: float, turns: int, make: Any, growth: int 
     batches, measured, same = size.batches(), [], True
     for turn in range(turns + 1):
         tokens = next(batches)
-        with _watched((Collector, "_look"), (Window, "_choose")) as chosen:
+        with watched((Collector, "_look"), (Window, "_choose")) as chosen:
             backward(ours, tokens)
             in_backward = sum(chosen)
             step = in_backward + _seconds(compact.step)
         compact.zero_grad()
         backward(theirs, tokens)
-        with _watched((kind, "update_chosen")) as chosen_rival:
+        with watched((kind, "update_chosen")) as chosen_rival:
             step_rival = _seconds(rival.step)
         rival.zero_grad()
         same = same and _same(compact, rival)
@@ -115,7 +101,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 @contextmanager
-def _watched(*methods: tuple[type, str]) -> Iterator[list[float]]:
+def watched(*methods: tuple[type, str]) -> Iterator[list[float]]:
     """Notes the seconds of every call of these methods of classes; of calls within calls, those of the outer one."""
     seconds: list[float] = []
     inside = False
