@@ -1,0 +1,45 @@
+"""Where the data folder of the evidence comes from: public repositories at fixed commits."""
+
+from __future__ import annotations
+
+SOURCES: dict[str, tuple[str, str, str]] = {
+    "trec": ("yaolu/ordered-prompt", "e93f70d0a5f6a8cfcadf6f2917c26eed265cd0be", "data/trec"),
+    "sst2": ("forest-snow/alps", "3c7ef2c98249fc975a897b27f275695f97d5b7a9", "data/SST-2"),
+    "mrpc": (
+        "wasiahmad/paraphrase_identification",
+        "88b208d0d094ab945d2401d9393531be1fec0076",
+        "dataset/msr-paraphrase-corpus",
+    ),
+    "rte": ("yaolu/ordered-prompt", "e93f70d0a5f6a8cfcadf6f2917c26eed265cd0be", "data/rte"),
+    "e2e": ("tuetschek/e2e-dataset", "ab0d967dd5729ce455ef14ba9ffafc456a335264", ""),
+    "gsm8k": ("openai/grade-school-math", "3101c7d5072418e28b9008a6636bde82a006892c", "grade_school_math/data"),
+    "wikitext2": (
+        "pytorch/examples",
+        "77f55b912142e11fcfdf5b530231fb9c52f181e8",
+        "word_language_model/data/wikitext-2",
+    ),
+    "tinyshakespeare": ("karpathy/char-rnn", "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e", "data/tinyshakespeare"),
+    "pubmedqa": ("pubmedqa/pubmedqa", "1cbae8e92f72f20c8d3747cbb3bf5bc53554d997", "data"),
+}
+"""Folders of the data folder, each with a GitHub repository, a commit of it and the folder there."""
+
+
+def listed() -> list[str]:
+    """A Markdown list of them.
+
+    Example:
+        >>> listed()[4]
+        '- `e2e/`: https://github.com/tuetschek/e2e-dataset/tree/ab0d967dd5729ce455ef14ba9ffafc456a335264'
+    """
+    found = []
+    for folder, (repository, commit, path) in SOURCES.items():
+        address = f"https://github.com/{repository}/tree/{commit}/{path}".rstrip("/")
+        found.append(f"- `{folder}/`: {address}")
+    return found
+
+
+def missing(data: object, file: str) -> str:
+    """What an error says when a file of the data folder is not there."""
+    repository, commit, path = SOURCES[file.partition("/")[0]]
+    place = path or "the top folder"
+    return f"`--data {data}` has no {file}: it is in {place} of github.com/{repository} at {commit[:7]}."
