@@ -93,6 +93,13 @@ def test_the_estimate_is_what_the_tracker_measures(
         ("gpt-2", 124_439_808),
         ("deberta-v3-base", 184_423_682),
         ("vit-b-16", 86_567_656),
+        ("bert-base", 109_483_778),
+        ("bert-large", 333_581_314),
+        ("roberta-base", 124_647_170),
+        ("roberta-large", 355_361_794),
+        ("deberta-v3-large", 435_063_810),
+        ("bart-large", 406_291_456),
+        ("t5-base", 222_903_552),
     ],
 )
 def test_a_shape_has_the_parameters_of_its_model(name: str, parameters: int) -> None:
@@ -102,7 +109,7 @@ def test_a_shape_has_the_parameters_of_its_model(name: str, parameters: int) -> 
 
 
 def test_every_shape_is_in_the_table_above() -> None:
-    assert len(shapes.names()) == 8
+    assert len(shapes.names()) == 15
 
 
 def test_the_command_tells_llama_7b_in_half_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +155,7 @@ def test_the_table_has_all_methods_side_by_side(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "gpt-9"], r"`--model gpt-9` is neither a shape \(deberta-v3-base, gpt-2, .*config"),
+        (["--model", "gpt-9"], r"`--model gpt-9` is neither a shape \(bart-large, bert-base, .*config"),
         (["--model", "gpt-2", "--method", "luck"], r"`--method luck` must be one of full, lora, lisa, ist"),
         (
             ["--model", "gpt-2", "--method", "lisa", "--set", "layers=2"],

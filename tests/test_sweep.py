@@ -377,7 +377,8 @@ def two(**kwargs: Any) -> pl.Trainer:
     )
 
 
-def test_lightning_must_not_repeat_the_command_line_of_a_sweep(launch: Launch) -> None:
+def test_lightning_must_not_repeat_the_command_line_of_a_sweep(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # which Lightning leaves behind where a test has trained on ranks
     cfg, _ = launch()
     with pytest.raises(ValueError, match=r"`trainer\.devices=2` under `-m`.*torchrun"):
         guard(two(strategy="ddp"), "val/accuracy", cfg)
