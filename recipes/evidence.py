@@ -4,6 +4,7 @@
     python -m apportion.recipes.evidence status --grid encoder                 what is there
     python -m apportion.recipes.evidence pretrain --data DATA                  makes the decoder, as `run` would
     python -m apportion.recipes.evidence tables                                makes all tables and pictures from cells
+    python -m apportion.recipes.evidence cards                                 writes what they say into the cards
 
 A run can be stopped and started again, on several cores with ``--workers``: a cell is one file, see `evidence_cells`.
 """
@@ -36,7 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(
         prog="python -m apportion.recipes.evidence", description=(__doc__ or "").split("\n")[0]
     )
-    made.add_argument("command", choices=("run", "status", "tables", "pretrain"))
+    made.add_argument("command", choices=("run", "status", "tables", "cards", "pretrain"))
     made.add_argument("--grid", choices=GRIDS, default="encoder", help="which model (default: %(default)s)")
     made.add_argument("--tasks", nargs="+", help="tasks, the most telling first (default: all of the grid)")
     made.add_argument("--methods", nargs="+", choices=[m.key for m in METHODS], help="methods (default: all)")
@@ -123,6 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from apportion.recipes.evidence_page import publish
 
         publish(options.out)
+        return 0
+    if options.command == "cards":
+        from apportion.recipes.evidence_cards import write
+
+        write(records, Path("recipes"))
         return 0
     if options.command == "status":
         from apportion.recipes.evidence_tables import status

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from apportion.recipes import evidence, evidence_cells, evidence_methods, evidence_model, evidence_run, evidence_text
 from apportion.recipes.evidence_adapters import RANK, adapter
 from apportion.recipes.evidence_bars import RandomMatrices, RandomRanks
+from apportion.recipes.evidence_cards import fill, said, write
 from apportion.recipes.evidence_cells import Cell, Records, chosen, pending, reported, search
 from apportion.recipes.evidence_encoder import EncoderGrid
 from apportion.recipes.evidence_methods import BY_KEY
@@ -333,6 +334,35 @@ class TestTables:
         put(tmp_path, "rst", dev=(0.3, 0.2, 0.1), test={2: 0.9, 3: 0.9})
         found = {("encoder", "trec"): lines(Records(tmp_path), "encoder", "trec")}
         assert sentence(BY_KEY["ist"], found).endswith("on TREC test accuracy in points -10.0 (n = 1): one seed.")
+
+
+class TestCards:
+    def test_a_card_says_what_the_cells_say_in_place_of_what_it_said(self, tmp_path: Path) -> None:
+        put(tmp_path, "lift", dev=(0.9, 0.8, 0.8), test={1: 0.9, 2: 0.8, 3: 0.9})
+        put(tmp_path, "random_entries", dev=(0.9, 0.8, 0.8), test={1: 0.8, 2: 0.8, 3: 0.8})
+        head = "# A card\n\n## What was run here\n\n<!-- evidence: lift -->"
+        once = fill(head + "\n\nWhat it said before.\n", Records(tmp_path))
+        assert once.startswith(head + "\n\n")
+        assert "before" not in once
+        says = sentence(BY_KEY["lift"], {("encoder", "trec"): lines(Records(tmp_path), "encoder", "trec")})
+        assert "test accuracy in points +6.7 ± 3.3 (n = 3)" in says
+        assert says in " ".join(once.split())
+        assert fill(once, Records(tmp_path)) == once
+
+    def test_what_was_not_run_says_so(self, tmp_path: Path) -> None:
+        records = Records(tmp_path)
+        assert "was not held to random entries yet" in said(records, "id3")
+        assert "is a reference of" in said(records, "bitfit")
+        assert "Nothing on real data" in said(records, "ttc")
+        assert fill("# A card\n", records) == "# A card\n"
+
+    def test_all_cards_that_ask_are_written(self, tmp_path: Path) -> None:
+        for name, line in (("lift", "<!-- evidence: lift -->\n"), ("other", "nothing is asked\n")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "README.md").write_text(line, encoding="utf-8")
+        assert write(Records(tmp_path / "none"), tmp_path) == [tmp_path / "lift" / "README.md"]
+        assert "not held to" in (tmp_path / "lift" / "README.md").read_text("utf-8")
+        assert (tmp_path / "other" / "README.md").read_text("utf-8") == "nothing is asked\n"
 
 
 class TestStatistics:
