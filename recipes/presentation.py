@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from apportion import comparison, report
+from apportion import comparison, report, report_ranks
 from apportion.entry_selection import EntryHistory
 from apportion.selection import History
 
@@ -68,6 +68,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
     told = {name: result["history"] for name, result in first.items() if result["history"]}
     histories = {name: history for name, history in told.items() if "masks" in history}
     pictures: dict[str, Path] = {}
+    drawn: dict[str, History] = {}
     if histories:
         caption = (
             "Which layers were trained when, first seed. A cell is dark where all units of the layer are trained at "
@@ -78,6 +79,11 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> dict[str, Path]:
         drawn = {n: History(h["steps"], masks[n], tuple(h["names"])) for n, h in histories.items()}
         steps = max(result["steps"] for result in first.values())
         pictures[caption] = report.selection_heatmap(drawn, steps, folder / "layers.png")
+    ranks = next((name for name, history in told.items() if history.get("units") == "ranks"), None)
+    if ranks is not None:
+        caption = f"How many ranks of each matrix {ranks} has in, over the steps; first seed."
+        last = first[ranks]["steps"]
+        pictures[caption] = report_ranks.rank_heatmap(drawn[ranks], last, folder / "ranks.png", ranks)
     entries = {name: _entries(history) for name, history in told.items() if "counts" in history}
     if entries:
         caption = (
