@@ -28,7 +28,8 @@ from apportion.callbacks import ID3, IST, LIFT, LISA, AdaLoRA, BAdam, Random
 from apportion.compact import Gathered
 from apportion.optim import Selective
 
-OURS = str(Path(apportion.checks.__file__).resolve().parent)
+# As the interpreter names our files: an editable install may link to where they lie.
+OURS = str(Path(apportion.checks.__file__).parent)
 # Masks of units, sizes and counts are the host's own: choices of units are made on it.
 HOST = ("selection.py", "entry_selection.py", "rank_selection.py", "rules.py", "race.py", "types.py")
 WAITING = {
