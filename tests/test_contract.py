@@ -13,7 +13,7 @@ import pytest
 import pytorch_lightning
 import torch
 from methods import METHODS
-from pytorch_lightning.plugins import MixedPrecision
+from settings import SETTINGS, two_optimizers
 from torch import Tensor, nn
 from toys import BLOCKS, ManualTask, Task, adamw, fit, loader, lora_net, moved, trainable, two_groups, weights
 from toys import Net as PlainNet
@@ -53,30 +53,6 @@ CASES: dict[str, Case] = {name: Case(row.make, row.net) for name, row in METHODS
         lambda **o: BAdam(1, "ascending", include_embeddings=True, include_head=True, **{"state": "offload", **o})
     ),
     "owlore by norm, keep": Case(lambda **o: OwLore(2, 1, score="norm", **{"state": "keep", **o})),
-}
-
-
-def two_optimizers(module: nn.Module) -> list[torch.optim.Optimizer]:
-    return [adamw(trainable(module)[::2]), adamw(trainable(module)[1::2])]
-
-
-def overflow() -> MixedPrecision:
-    """A real scaler whose first step overflows: the scale comes down to 2^8 in one go."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-112)
-    return MixedPrecision("16-mixed", "cpu", scaler=scaler)
-
-
-SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
-    "plain": dict,
-    "accumulation": lambda: {"accumulate_grad_batches": 3},
-    "clip by norm": lambda: {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2},
-    "clip by value": lambda: {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"},
-    "bf16-true": lambda: {"precision": "bf16-true"},
-    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
-    "16-mixed": lambda: {"plugins": [overflow()]},
-    "two groups": dict,
-    "manual": dict,
-    "two optimizers": dict,
 }
 
 

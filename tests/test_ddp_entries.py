@@ -9,11 +9,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from alike import assert_equal
 from entry_witness import CASES, EVERYTHING, EntryWitness, best, method
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from test_ddp import Exact, Experts, Routed, Traffic, distance, loader, sgd, smooth_adamw
-from test_resume_entries import assert_equal
 from torch import Tensor, nn
 from toys import ManualTask, Net, Task, trainer, weights
 from workers import RanksFailed, ranks

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from gate_methods import ADAPTERS, GATE_METHODS
 from peft import LoraConfig, get_peft_model
 from rank_methods import svd_net
-from test_contract import SETTINGS, Case, Interrupted, SaveAtThree, Stop, driver_for, equal, task_for
+from settings import SETTINGS
+from test_contract import Case, Interrupted, SaveAtThree, Stop, driver_for, equal, task_for
 from test_ddp import assert_equal
 from torch import Tensor, nn
 from toys import BLOCKS, Net, Task, adamw, fit, loader, lora_net, moved, tokens, trainable, trainer, two_groups, weights

@@ -13,6 +13,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.plugins import MixedPrecision
 from rank_methods import CASES, GROWING_LORA, svd_net
+from settings import two_optimizers
 from test_adalora_parity import peft_penalty
 from torch import Tensor, nn
 from toys import ManualTask, Net, Task, ValidatedTask, adamw, fit, lora_net, trainable, two_groups, weights
@@ -71,10 +72,6 @@ class Watch(pl.Callback):
         self.entries.append(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
         held = [v for o in trainer.optimizers for s in o.state.values() for k, v in s.items() if k != "step"]
         self.state.append(sum(v.numel() for v in held if isinstance(v, Tensor)))
-
-
-def two_optimizers(module: Any) -> list[torch.optim.Optimizer]:
-    return [adamw(trainable(module)[::2]), adamw(trainable(module)[1::2])]
 
 
 def scaler(scale: float) -> MixedPrecision:

@@ -14,6 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from alike import assert_equal
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -150,24 +151,6 @@ def state_of(path: Path, method: Any = None) -> dict[str, Any]:
         return {**kept, "callbacks": ours}
     scores = method.slots.score.read(method.selection._score)  # as it is, not as it is saved
     return {**kept, "callbacks": ours, "steps": method.history.steps, "masks": method.history.masks, "scores": scores}
-
-
-def assert_equal(found: Any, expected: Any, what: str = "") -> None:
-    """The same, bit for bit, with the same types all the way down."""
-    assert type(found) is type(expected), f"{what}: {type(found)} and {type(expected)}"
-    if isinstance(expected, dict):
-        assert set(found) == set(expected), f"{what}: {set(found) ^ set(expected)}"
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{what}/{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), what
-        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-            assert_equal(a, b, f"{what}/{i}")
-    elif isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype, what
-        assert torch.equal(found, expected), what
-    else:
-        assert found == expected, f"{what}: {found} and {expected}"
 
 
 # Any step -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from alike import assert_equal
 from entry_witness import CASES, Case, method, names_of
 from methods import ENTRY_METHODS
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
@@ -120,24 +121,6 @@ def state_of(path: Path, callback: SelectiveTuning | None = None) -> dict[str, A
         return {**kept, "callbacks": ours}
     history = callback.history
     return {**kept, "callbacks": ours, "steps": history.steps, "counts": history.counts}
-
-
-def assert_equal(found: Any, expected: Any, what: str = "") -> None:
-    """The same, bit for bit, with the same types all the way down."""
-    assert type(found) is type(expected), f"{what}: {type(found)} and {type(expected)}"
-    if isinstance(expected, dict):
-        assert set(found) == set(expected), f"{what}: {set(found) ^ set(expected)}"
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{what}/{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), what
-        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-            assert_equal(a, b, f"{what}/{i}")
-    elif isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype, what
-        assert torch.equal(found, expected), what
-    else:
-        assert found == expected, f"{what}: {found} and {expected}"
 
 
 # Any step -------------------------------------------------------------------------------------------------------------
