@@ -2,8 +2,9 @@
 
     <out>/<grid>/<task>/<method>-seed<k>-lr<x>.json
 
-A cell of the search has the search's seed and nothing measured on rows that are reported. A reported cell is made only
-when the search of its method is complete, at the rate with the best score on the dev split.
+A cell of the search has the search's seed and nothing measured on rows that are reported. The search begins with the
+rates of its method; while the best one is the highest or the lowest, it goes one further that way. A reported cell is
+made only when the search is complete, at the rate with the best score on the dev split.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from apportion.recipes.evidence_methods import Method
 
 SEARCH_SEED = 0
 SEEDS = (1, 2, 3)
+WIDENINGS = 2
+"""Rates that a search may go beyond those of its method."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,64 @@ def _alive(path: Path) -> bool:
     return True
 
 
-def search(grid: str, task: str, method: Method) -> list[Cell]:
-    """The cells that the rate of a method is chosen by; none if there is nothing to choose."""
-    rates = method.rates[grid]
-    return [Cell(grid, task, method.key, SEARCH_SEED, rate) for rate in (rates if len(rates) > 1 else ())]
+def search(records: Records, grid: str, task: str, method: Method) -> list[Cell]:
+    """The cells that the rate of a method is chosen by; none if there is nothing to choose.
+
+    They are those of the method's rates, then one at a time those beyond the best of them while that is at an edge, at
+    most `WIDENINGS`.
+
+    Args:
+        records: The cells that were run: the edge is not known before.
+        grid: Name of the grid.
+        task: Name of the task.
+        method: The method.
+    """
+    rates = method.rates[grid] if len(method.rates[grid]) > 1 else ()
+    cells = [Cell(grid, task, method.key, SEARCH_SEED, rate) for rate in rates]
+    for _ in range(WIDENINGS):
+        tried = [cell.rate for cell in cells]
+        rate = best(records, cells)
+        if rate is None or min(tried) < rate < max(tried):
+            break
+        cells.append(Cell(grid, task, method.key, SEARCH_SEED, beyond(rate, up=rate == max(tried))))
+    return cells
+
+
+def beyond(rate: float, up: bool) -> float:
+    """The rate next to one of the series ... 0.01, 0.03, 0.1, 0.3 ...
+
+    Args:
+        rate: One of the series.
+        up: Whether the next higher is meant.
+
+    Example:
+        >>> beyond(3e-3, up=True), beyond(3e-3, up=False)
+        (0.01, 0.001)
+    """
+    ten = f"{rate:e}".startswith("1.0")
+    return float(f"{rate * (3.0 if ten == up else 10.0 / 3.0) ** (1 if up else -1):.6g}")
+
+
+def best(records: Records, cells: Sequence[Cell]) -> float | None:
+    """The rate of the best of some cells of a search; the lower of equal ones, None if one is missing or all failed.
+
+        argmax over rates of the score on the dev split
+
+    Args:
+        records: The cells that were run.
+        cells: Those of the search.
+    """
+    found = [records.get(cell) for cell in cells]
+    scored = [
+        (record["dev_score"], -cell.rate)
+        for cell, record in zip(cells, found, strict=True)
+        if record is not None and record.get("dev_score") is not None
+    ]
+    return None if None in found or not scored else -max(scored)[1]
 
 
 def chosen(records: Records, grid: str, task: str, method: Method) -> float | None:
-    """The learning rate of the best cell of the search; the lower of equal ones.
-
-        argmax over rates of the score on the dev split
+    """The learning rate that a method is reported at: the best one of its search.
 
     Args:
         records: The cells that were run.
@@ -147,18 +198,8 @@ def chosen(records: Records, grid: str, task: str, method: Method) -> float | No
     Returns:
         None while a cell of the search is missing, or if all of them failed.
     """
-    cells = search(grid, task, method)
-    if not cells:
-        return method.rates[grid][0]
-    found = [records.get(cell) for cell in cells]
-    scored = [
-        (record["dev_score"], -cell.rate)
-        for cell, record in zip(cells, found, strict=True)
-        if record is not None and record.get("dev_score") is not None
-    ]
-    if None in found or not scored:
-        return None
-    return -max(scored)[1]
+    cells = search(records, grid, task, method)
+    return best(records, cells) if cells else method.rates[grid][0]
 
 
 def reported(
@@ -184,7 +225,7 @@ def pending(
     """
     for task in tasks:
         for method in methods:
-            yield from (cell for cell in search(grid, task, method) if records.get(cell) is None)
+            yield from (cell for cell in search(records, grid, task, method) if records.get(cell) is None)
         for seed in seeds:
             for method in methods:
                 for cell, record in reported(records, grid, task, method, (seed,)):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from apportion.recipes.evidence_adapters import RANK
-from apportion.recipes.evidence_cells import SEEDS, Records
+from apportion.recipes.evidence_cells import SEEDS, WIDENINGS, Records
 from apportion.recipes.evidence_methods import BY_KEY, METHODS, Method
 from apportion.recipes.evidence_sources import listed
 from apportion.recipes.evidence_stats import Estimate, verdict
@@ -21,7 +21,8 @@ Every figure is made from the cells beside this file by `python -m apportion.rec
 its commit, versions, learning rate, files and their checksums, and the checksum of the weights that it began with.
 
 - Mean ± standard error over seeds {", ".join(map(str, SEEDS))}. The learning rate is the best of three on a dev split
-  carved from the training rows, by a seed that is not reported; *highest tried* and *lowest tried* mark an edge.
+  carved from the training rows, by a seed that is not reported; while the best is the highest or the lowest, the search
+  goes one rate further, at most {WIDENINGS}. *Highest tried* and *lowest tried* mark an edge even so.
 - *Minus random*: the difference from random choice of the same unit, seed by seed: both see the same batches. *Better*
   and *worse* mean that it is beyond the two-sided 95 % quantile of Student's t; with three seeds, 4.3 standard errors.
   Of many such comparisons one in twenty would be there by chance. The seeds share one test set: its own sampling error

@@ -116,13 +116,14 @@ def line(records: Records, grid: str, task: str, method: Method, base: Sequence[
         known = {seed: record["metrics"].get(measure.key) for seed, record in ran.items()}
         minus = (before if measure.change else 0.0) if before is not None or not measure.change else None
         values.append({s: measure.scale * (v - minus) for s, v in known.items() if v is not None and minus is not None})
-    searched = [records.get(cell) for cell in search(grid, task, method)]
+    tried = search(records, grid, task, method)
+    searched = [records.get(cell) for cell in tried]
     errors = tuple(r["error"] for r in [*searched, *found.values()] if r is not None and r["error"] is not None)
     done = sum(record is not None for record in searched)
     state = (
         "failed" if errors and not ran else f"search {done} of {len(searched)}" if done and rate is None else NOT_RUN
     )
-    edge = "" if rate is None else within([*method.rates[grid], rate])
+    edge = "" if rate is None else within([*(cell.rate for cell in tried), rate])
     return Line(method, rate, edge, next((r["trained"] for r in ran.values()), None), tuple(values), errors, state)
 
 
@@ -236,7 +237,7 @@ def status(out: Path, grid: str) -> str:
     methods = [m for m in METHODS if grid in m.grids]
     told = []
     for task in layout.tasks:
-        searched = [records.get(c) for m in methods for c in search(grid, task, m)]
+        searched = [records.get(c) for m in methods for c in search(records, grid, task, m)]
         shown = [r for m in methods for _, r in reported(records, grid, task, m)]
         failed = [r["cell"]["method"] for r in [*searched, *shown] if r is not None and r["error"] is not None]
         counts = f"search {sum(r is not None for r in searched)} of {len(searched)}, "

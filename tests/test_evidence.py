@@ -91,11 +91,11 @@ def files(out: Path) -> dict[str, str]:
 def put(out: Path, method: str, task: str = "trec", grid: str = "encoder", **scores: Any) -> None:
     """Writes the cells of a method by hand: dev scores by rate, and test metrics by seed at the best rate."""
     records, about = Records(out), {"error": None, "traceback": None}
-    rates = BY_KEY[method].rates[grid]
+    rates = scores.get("rates", BY_KEY[method].rates[grid])
     for rate, dev in zip(rates, scores.get("dev", ()), strict=False):
         cell = Cell(grid, task, method, evidence_cells.SEARCH_SEED, rate)
         records.put(cell, {**about, "dev_score": dev, "metrics": {"dev/accuracy": dev}})
-    rate = scores.get("rate", rates[0])
+    rate = scores.get("rate", rates[1] if len(rates) > 1 else rates[0])
     trained = {"head": 6, "step_mean": 10.0, "step_last": 10, "moved": 12}
     for seed, metrics in scores.get("test", {}).items():
         metrics = {"test/accuracy": metrics} if isinstance(metrics, float) else metrics
@@ -109,11 +109,15 @@ class TestRuns:
             found = Records(ran)
             rate = chosen(found, "encoder", "trec", BY_KEY[method])
             assert rate is not None
-            assert {f"{method}-seed0-lr{r:g}.json" for r in BY_KEY[method].rates["encoder"]} <= names
+            tried = {cell.rate for cell in search(found, "encoder", "trec", BY_KEY[method])}
+            assert tried >= set(BY_KEY[method].rates["encoder"])
+            assert {f"{method}-seed0-lr{r:g}.json" for r in tried} <= names
             assert {n for n in names if n.startswith(f"{method}-seed") and "seed0" not in n} == {
                 f"{method}-seed{k}-lr{rate:g}.json" for k in (1, 2)
             }
-        assert len(names) == 3 * (3 + 2)  # and nothing half-written, no claims
+            assert len([n for n in names if n.startswith(f"{method}-seed0")]) == len(tried)
+            names -= {name for name in names if name.startswith(f"{method}-")}
+        assert not names  # nothing half-written, no claims
 
     def test_what_was_run_is_not_run_again(
         self, ran: Path, data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
@@ -197,7 +201,8 @@ class TestSearch:
 
         monkeypatch.setattr(EncoderGrid, "prepare", prepare)
         launch(data, model, tmp_path, "--methods", "sift", "--seeds", "1")
-        assert asked == [(0, ("dev",))] * 3 + [(1, ("test",))]
+        tried = search(Records(tmp_path), "encoder", "trec", BY_KEY["sift"])
+        assert asked == [(0, ("dev",))] * len(tried) + [(1, ("test",))]
         for text in files(tmp_path).values():
             cell = json.loads(text)
             splits_seen = {name.partition("/")[0] for name in cell["metrics"]}
@@ -228,12 +233,34 @@ class TestSearch:
     def test_the_order_is_the_search_and_then_seed_by_seed(self, tmp_path: Path) -> None:
         methods = [BY_KEY["random_entries"], BY_KEY["id3"]]
         for method in methods:
-            put(tmp_path, method.key, dev=(0.1, 0.2, 0.3))
+            put(tmp_path, method.key, dev=(0.1, 0.3, 0.2))
         cells = list(pending(Records(tmp_path), "encoder", ["trec", "rte"], methods))
         assert [(c.method, c.seed) for c in cells[:6]] == [
             (method.key, seed) for seed in evidence_cells.SEEDS for method in methods
         ]
-        assert cells[6:] == search("encoder", "rte", methods[0]) + search("encoder", "rte", methods[1])
+        none = Records(tmp_path / "none")
+        assert cells[6:] == [cell for method in methods for cell in search(none, "encoder", "rte", method)]
+
+    @pytest.mark.parametrize(
+        ("dev", "rates", "rate"),
+        [
+            ((0.5, 0.8, 0.7), "1e-3 3e-3 1e-2", "3e-3"),  # inside at once
+            ((0.5, 0.6, 0.7), "1e-3 3e-3 1e-2 3e-2", None),  # the next higher is not run yet
+            ((0.5, 0.6, 0.7, 0.6), "1e-3 3e-3 1e-2 3e-2", "1e-2"),
+            ((0.5, 0.6, 0.7, 0.8, 0.9), "1e-3 3e-3 1e-2 3e-2 1e-1", "1e-1"),  # no further than twice
+            ((0.7, 0.6, 0.5, 0.8), "1e-3 3e-3 1e-2 3e-4 1e-4", None),
+            ((0.7, 0.6, 0.5, 0.8, 0.1), "1e-3 3e-3 1e-2 3e-4 1e-4", "3e-4"),
+            ((0.7, 0.7, 0.7, 0.7, 0.7), "1e-3 3e-3 1e-2 3e-4 1e-4", "1e-4"),  # of equal ones the lower, which goes on
+        ],
+    )
+    def test_a_search_goes_on_beyond_an_edge(
+        self, dev: tuple[float, ...], rates: str, rate: str | None, tmp_path: Path
+    ) -> None:
+        tried = [float(r) for r in rates.split()]
+        put(tmp_path, "id3", rates=tried, dev=dev)
+        records, id3 = Records(tmp_path), BY_KEY["id3"]
+        assert [cell.rate for cell in search(records, "encoder", "trec", id3)] == tried
+        assert chosen(records, "encoder", "trec", id3) == (None if rate is None else float(rate))
 
 
 class TestClaims:
@@ -278,7 +305,9 @@ class TestTables:
     def test_figures_come_from_cells(self, tmp_path: Path) -> None:
         middle = BY_KEY["id3"].rates["encoder"][1]
         put(tmp_path, "id3", dev=(0.1, 0.3, 0.2), rate=middle, test={1: 0.90, 2: 0.92, 3: 0.94})
-        put(tmp_path, "random_entries", dev=(0.3, 0.2, 0.1), test={1: 0.88, 2: 0.90, 3: 0.95})
+        rates = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+        dev = (0.1, 0.2, 0.3, 0.4, 0.5)
+        put(tmp_path, "random_entries", rates=rates, dev=dev, rate=rates[-1], test={1: 0.88, 2: 0.90, 3: 0.95})
         publish(tmp_path)
         shown = (tmp_path / "encoder.md").read_text().split("## ")[1].splitlines()
         row = next(line for line in shown if line.startswith("| ID3"))
@@ -286,7 +315,7 @@ class TestTables:
         expected = "| ID3 | entries | 10 | 12 | 0.003 | 3 | 92.0 ± 1.2 | +1.0 ± 1.0 | not distinguishable |"
         assert row == expected
         random = next(line for line in shown if line.startswith("| random entries"))
-        assert "| 0.001 (lowest tried) | 3 | 91.0 ± 2.1 |  |  |" in random
+        assert "| 0.1 (highest tried) | 3 | 91.0 ± 2.1 |  |  |" in random
         text = (tmp_path / "README.md").read_text()
         assert (
             "- **ID3** against random entries: on TREC test accuracy in points +1.0 ± 1.0 (n = 3): not "
@@ -319,10 +348,10 @@ class TestTables:
 
         put(tmp_path, "base", "e2e", "decoder", rate=0.0, test={1: metrics(3.0, 2.0)})
         put(
-            tmp_path, "rst", "e2e", "decoder", dev=(-1.0, -2.0, -3.0), test={1: metrics(1.5, 2.5), 2: metrics(1.5, 2.5)}
+            tmp_path, "rst", "e2e", "decoder", dev=(-2.0, -1.0, -3.0), test={1: metrics(1.5, 2.5), 2: metrics(1.5, 2.5)}
         )
         put(
-            tmp_path, "ist", "e2e", "decoder", dev=(-1.0, -2.0, -3.0), test={1: metrics(1.4, 2.3), 2: metrics(1.4, 2.3)}
+            tmp_path, "ist", "e2e", "decoder", dev=(-2.0, -1.0, -3.0), test={1: metrics(1.4, 2.3), 2: metrics(1.4, 2.3)}
         )
         publish(tmp_path)
         shown = (tmp_path / "decoder.md").read_text().split("## ")[1].splitlines()
@@ -330,16 +359,16 @@ class TestTables:
         assert "| 1.400 ± 0.000 | -0.100 ± 0.000 | better | +0.3000 ± 0.0000 | -0.2000 ± 0.0000 | better |" in row
 
     def test_a_sentence_counts_only_shared_seeds(self, tmp_path: Path) -> None:
-        put(tmp_path, "ist", dev=(0.3, 0.2, 0.1), test={1: 0.9, 2: 0.8})
-        put(tmp_path, "rst", dev=(0.3, 0.2, 0.1), test={2: 0.9, 3: 0.9})
+        put(tmp_path, "ist", dev=(0.2, 0.3, 0.1), test={1: 0.9, 2: 0.8})
+        put(tmp_path, "rst", dev=(0.2, 0.3, 0.1), test={2: 0.9, 3: 0.9})
         found = {("encoder", "trec"): lines(Records(tmp_path), "encoder", "trec")}
         assert sentence(BY_KEY["ist"], found).endswith("on TREC test accuracy in points -10.0 (n = 1): one seed.")
 
 
 class TestCards:
     def test_a_card_says_what_the_cells_say_in_place_of_what_it_said(self, tmp_path: Path) -> None:
-        put(tmp_path, "lift", dev=(0.9, 0.8, 0.8), test={1: 0.9, 2: 0.8, 3: 0.9})
-        put(tmp_path, "random_entries", dev=(0.9, 0.8, 0.8), test={1: 0.8, 2: 0.8, 3: 0.8})
+        put(tmp_path, "lift", dev=(0.8, 0.9, 0.8), test={1: 0.9, 2: 0.8, 3: 0.9})
+        put(tmp_path, "random_entries", dev=(0.8, 0.9, 0.8), test={1: 0.8, 2: 0.8, 3: 0.8})
         head = "# A card\n\n## What was run here\n\n<!-- evidence: lift -->"
         once = fill(head + "\n\nWhat it said before.\n", Records(tmp_path))
         assert once.startswith(head + "\n\n")
