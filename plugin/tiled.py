@@ -194,7 +194,7 @@ def layout(capture: str, index: Tensor, shape: Sequence[int], dtype: torch.dtype
         2048 x 5504    5%               0.85    0.64             67      33        26
         4096 x 11008   5%               0.94    0.67            224      60        60
 
-    (`python -m apportion.recipes.bench_entries`.) So dot products are taken in fp32 and fp64 on the CPU, from
+    (`python -m apportion.recipes.bench.entries`.) So dot products are taken in fp32 and fp64 on the CPU, from
     `sampled.LEAST` entries on and up to the share `sampled.MOST`; tiles where at most half of the rows are selected
     from, and elsewhere from two tiles on, to save memory; else the hook.
 

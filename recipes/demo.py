@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from apportion.recipes.presentation import present
-from apportion.recipes.runs import last_error
+from apportion.recipes.sweeps.runs import last_error
 
 METHODS = ("full", "lora", "adalora", "random", "ist", "lisa", "hft", "badam", "entries", "id3", "lift")
 """The files of ``conf/experiment/demo``, in the order of the table."""

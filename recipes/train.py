@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from apportion.recipes import sweep
-from apportion.recipes.processes import guard
-from apportion.recipes.smoke import smoke
+from apportion.recipes.sweeps import sweep
+from apportion.recipes.sweeps.processes import guard
+from apportion.recipes.tasks.smoke import smoke
 
 
 def train(cfg: DictConfig) -> float:

@@ -11,17 +11,15 @@ import pytest
 import torch
 from workers import ranks
 
-from apportion.recipes import (
-    bench,
-    bench_ddp,
-    bench_memory,
-    bench_overhead,
-    bench_ranks,
-    bench_resume,
-    bench_scale,
-    bench_table,
-)
-from apportion.recipes.entry_bars import Size
+from apportion.recipes.bench import ddp as bench_ddp
+from apportion.recipes.bench import memory as bench_memory
+from apportion.recipes.bench import overhead as bench_overhead
+from apportion.recipes.bench import ranks as bench_ranks
+from apportion.recipes.bench import resume as bench_resume
+from apportion.recipes.bench import scale as bench_scale
+from apportion.recipes.bench import suite as bench
+from apportion.recipes.bench import table as bench_table
+from apportion.recipes.bench.entry_bars import Size
 
 TINY = Size("tiny", hidden=64, inner=72, layers=4, tokens=8, vocabulary=40)
 DDP: dict[str, Any] = {"run": False, "passed": None, "reason": "0 CUDA devices of 2"}
@@ -91,7 +89,7 @@ def test_every_part_is_run_unless_told_otherwise(tmp_path: Path, monkeypatch: py
     assert "| gpu | not run: asked for with --device cuda |" in page(tmp_path)
     assert set(bench_table.SECTIONS) == set(bench_table._FIGURES) == set(bench.PARTS)
     folder = Path(bench.__file__).parent
-    assert all((folder / f"bench_{part}.py").is_file() for part in bench.PARTS)
+    assert all((folder / f"{part}.py").is_file() for part in bench.PARTS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -116,7 +114,7 @@ def test_a_part_is_a_program_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: asked.append(command) or Done)
     assert bench.in_process("ddp", ["--out", "x"]) == (1, "said\n")
-    assert asked == [[sys.executable, "-m", "apportion.recipes.bench_ddp", "--out", "x"]]
+    assert asked == [[sys.executable, "-m", "apportion.recipes.bench.ddp", "--out", "x"]]
 
 
 def test_growth_is_measured_and_counted(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 
 from apportion.budgets import Increment
 from apportion.compact import Gathered
-from apportion.recipes import bench_entries, entry_bars, entry_rivals, entry_times
-from apportion.recipes.bench_entries import BARS, Plan, main, measure, section
-from apportion.recipes.entry_bars import Size, memory
-from apportion.recipes.entry_rivals import refresh, selection_step
-from apportion.recipes.entry_times import step_time, take_turns
+from apportion.recipes.bench import entries as bench_entries
+from apportion.recipes.bench import entry_bars, entry_rivals, entry_times
+from apportion.recipes.bench.entries import BARS, Plan, main, measure, section
+from apportion.recipes.bench.entry_bars import Size, memory
+from apportion.recipes.bench.entry_rivals import refresh, selection_step
+from apportion.recipes.bench.entry_times import step_time, take_turns
 
 TINY = Size("tiny", hidden=64, inner=96, layers=2, tokens=16, vocabulary=80)
 PLAN = Plan(

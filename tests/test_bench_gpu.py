@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from apportion.recipes import bench_gpu, bench_gpu_cells, bench_gpu_run, bench_gpu_step, bench_gpu_table
-from apportion.recipes.bench_gpu_cells import METHODS, Cell
-from apportion.recipes.peers_field import hushed
+from apportion.recipes.bench import gpu as bench_gpu
+from apportion.recipes.bench import gpu_cells as bench_gpu_cells
+from apportion.recipes.bench import gpu_run as bench_gpu_run
+from apportion.recipes.bench import gpu_step as bench_gpu_step
+from apportion.recipes.bench import gpu_table as bench_gpu_table
+from apportion.recipes.bench.field import hushed
+from apportion.recipes.bench.gpu_cells import METHODS, Cell
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

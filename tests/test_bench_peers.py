@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from apportion.callbacks import LIFT, LISA, SaRA
-from apportion.recipes import bench_peers, peers, peers_entries, peers_layers
-from apportion.recipes.bench_peers import Plan, compared, main, section
-from apportion.recipes.entry_bars import LR, Size, trainable
-from apportion.recipes.peers_field import Contender, Loop, Ours, Rival, layers_of, matrices, plain, training, whole
-from apportion.recipes.twins import IstTwin, LiftTwin, SaraTwin
+from apportion.recipes.bench import packages as peers
+from apportion.recipes.bench import peers as bench_peers
+from apportion.recipes.bench import peers_entries, peers_layers
+from apportion.recipes.bench.entry_bars import LR, Size, trainable
+from apportion.recipes.bench.field import Contender, Loop, Ours, Rival, layers_of, matrices, plain, training, whole
+from apportion.recipes.bench.peers import Plan, compared, main, section
+from apportion.recipes.bench.twins import IstTwin, LiftTwin, SaraTwin
 
 TINY = Size("tiny", hidden=64, inner=72, layers=4, tokens=8, vocabulary=40)
 EVERYBODY = {c.name: c for c in [*peers_entries.contenders(), *peers_layers.contenders()]}

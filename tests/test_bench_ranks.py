@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from apportion.recipes import bench_ranks
+from apportion.recipes.bench import ranks as bench_ranks
 
 
 def test_after_the_final_choice_memory_is_that_of_lora_with_those_ranks() -> None:

@@ -14,16 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from apportion.recipes import packing, source
-from apportion.recipes.columns import BadRow, label, number, text
-from apportion.recipes.formats import Row, read
-from apportion.recipes.images import ImageData
-from apportion.recipes.instructions import InstructionData
-from apportion.recipes.pairs import Seq2SeqData
-from apportion.recipes.source import Source
-from apportion.recipes.spans import QuestionAnsweringData, place
-from apportion.recipes.text import CausalTextData, TextClassificationData
-from apportion.recipes.tokens import byte_tokenizer
+from apportion.recipes.tasks import packing, source
+from apportion.recipes.tasks.columns import BadRow, label, number, text
+from apportion.recipes.tasks.formats import Row, read
+from apportion.recipes.tasks.images import ImageData
+from apportion.recipes.tasks.instructions import InstructionData
+from apportion.recipes.tasks.pairs import Seq2SeqData
+from apportion.recipes.tasks.source import Source
+from apportion.recipes.tasks.spans import QuestionAnsweringData, place
+from apportion.recipes.tasks.text import CausalTextData, TextClassificationData
+from apportion.recipes.tasks.tokens import byte_tokenizer
 
 ROWS = [{"text": 'a "b" c', "label": "0"}, {"text": "d\u2028e", "label": "1"}]
 

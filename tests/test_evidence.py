@@ -14,19 +14,24 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from apportion.recipes import evidence, evidence_cells, evidence_methods, evidence_model, evidence_run, evidence_text
-from apportion.recipes.evidence_adapters import RANK, adapter
-from apportion.recipes.evidence_bars import RandomMatrices, RandomRanks
-from apportion.recipes.evidence_cards import fill, said, write
-from apportion.recipes.evidence_cells import Cell, Records, chosen, pending, reported, search
-from apportion.recipes.evidence_encoder import EncoderGrid
-from apportion.recipes.evidence_methods import BY_KEY
-from apportion.recipes.evidence_model import HEAD_RATE, Pooled, PooledClassification
-from apportion.recipes.evidence_page import publish, sentence
-from apportion.recipes.evidence_sources import SOURCES
-from apportion.recipes.evidence_stats import Estimate, paired, verdict, within
-from apportion.recipes.evidence_tables import NOT_RUN, lines, status
-from apportion.recipes.evidence_text import TASKS, Task, batch, bucketed, sliced, splits
+from apportion.recipes.evidence import cells as evidence_cells
+from apportion.recipes.evidence import cli as evidence
+from apportion.recipes.evidence import methods as evidence_methods
+from apportion.recipes.evidence import model as evidence_model
+from apportion.recipes.evidence import run as evidence_run
+from apportion.recipes.evidence import text as evidence_text
+from apportion.recipes.evidence.adapters import RANK, adapter
+from apportion.recipes.evidence.bars import RandomMatrices, RandomRanks
+from apportion.recipes.evidence.cards import fill, said, write
+from apportion.recipes.evidence.cells import Cell, Records, chosen, pending, reported, search
+from apportion.recipes.evidence.encoder import EncoderGrid
+from apportion.recipes.evidence.methods import BY_KEY
+from apportion.recipes.evidence.model import HEAD_RATE, Pooled, PooledClassification
+from apportion.recipes.evidence.page import publish, sentence
+from apportion.recipes.evidence.sources import SOURCES
+from apportion.recipes.evidence.stats import Estimate, paired, verdict, within
+from apportion.recipes.evidence.tables import NOT_RUN, lines, status
+from apportion.recipes.evidence.text import TASKS, Task, batch, bucketed, sliced, splits
 
 WORDS = ["[PAD]", "[UNK]", "who", "what", "where", "when", "is", "was", "the", "river", "king", "city", "moon", "war"]
 HIDDEN, INNER, LAYERS = 16, 32, 3

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from apportion.recipes import evidence
-from apportion.recipes.evidence_adapters import RANK
-from apportion.recipes.evidence_cells import Cell, Records
-from apportion.recipes.evidence_decoder import TASKS, DecoderGrid, batch, descriptions, load, rows
-from apportion.recipes.evidence_pretrain import BLOCK, END, HELD_OUT, PROSE, blocks, byte_pairs, held_out, pretrain
-from apportion.recipes.evidence_run import measure
+from apportion.recipes.evidence import cli as evidence
+from apportion.recipes.evidence.adapters import RANK
+from apportion.recipes.evidence.cells import Cell, Records
+from apportion.recipes.evidence.decoder import TASKS, DecoderGrid, batch, descriptions, load, rows
+from apportion.recipes.evidence.pretrain import BLOCK, END, HELD_OUT, PROSE, blocks, byte_pairs, held_out, pretrain
+from apportion.recipes.evidence.run import measure
 
 TINY = {"vocab_size": 300, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 MATRICES = 3 * (4 * (24 + 24) + 3 * (24 + 48))

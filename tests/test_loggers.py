@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
-from apportion.recipes.runs import read
+from apportion.recipes.sweeps.runs import read
 from apportion.recipes.train import train
 
 SMALL = [

@@ -15,10 +15,11 @@ import yaml
 from matplotlib.image import imread
 
 from apportion import report_curves
-from apportion.recipes import report_cli, reported
-from apportion.recipes.report_cli_pictures import PANELS
-from apportion.recipes.report_cli_summary import Summary, objective, seeds
-from apportion.recipes.runs import Run, collect
+from apportion.recipes.report import cli as report_cli
+from apportion.recipes.report import reported
+from apportion.recipes.report.pictures import PANELS
+from apportion.recipes.report.summary import Summary, objective, seeds
+from apportion.recipes.sweeps.runs import Run, collect
 from apportion.report_groups import Spread, grouped, labels
 from apportion.report_page import Table, link, marked
 

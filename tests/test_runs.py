@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from apportion.recipes import runs, sweep
-from apportion.recipes.runs import Run, collect
+from apportion.recipes.sweeps import runs, sweep
+from apportion.recipes.sweeps.runs import Run, collect
 
 
 def folder(place: Path, **files: Any) -> Path:

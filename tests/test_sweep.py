@@ -22,10 +22,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from workers import RanksFailed, ranks
 
-from apportion.recipes import sweep
-from apportion.recipes.identity import identity
-from apportion.recipes.objective import better, directed, direction, objective_of, settled
-from apportion.recipes.processes import SameConfig, guard
+from apportion.recipes.sweeps import sweep
+from apportion.recipes.sweeps.identity import identity
+from apportion.recipes.sweeps.objective import better, directed, direction, objective_of, settled
+from apportion.recipes.sweeps.processes import SameConfig, guard
 from apportion.recipes.train import train
 
 Launch = Callable[..., tuple[DictConfig, Path]]
@@ -339,7 +339,7 @@ SIZES = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "v
 )
 def test_what_a_config_says_of_its_objective_is_what_the_model_says(target: str, settings: dict[str, Any]) -> None:
     sizes = {"model_type": "t5"} | SIZES if target == "Seq2SeqLM" else composed("model=llama_tiny").model.config
-    node = {"_target_": f"apportion.recipes.module.{target}", "config": sizes} | settings
+    node = {"_target_": f"apportion.recipes.tasks.module.{target}", "config": sizes} | settings
     cfg = OmegaConf.create({"objective": None, "model": node})
     assert objective_of(cfg) == instantiate(cfg.model, _convert_="all").objective
 

@@ -13,16 +13,16 @@ import torch
 import transformers
 from torch import nn
 
-from apportion.recipes import packing
-from apportion.recipes.answering import QuestionAnswering, best_span
-from apportion.recipes.answers import Answer, continued
-from apportion.recipes.images import ImageData
-from apportion.recipes.instructions import InstructionData
-from apportion.recipes.module import CausalLM, ImageClassification, Majority, Seq2SeqLM, SequenceClassification
-from apportion.recipes.pairs import Seq2SeqData
-from apportion.recipes.spans import QuestionAnsweringData
-from apportion.recipes.text import TextClassificationData
-from apportion.recipes.tokens import byte_tokenizer, load_tokenizer
+from apportion.recipes.tasks import packing
+from apportion.recipes.tasks.answering import QuestionAnswering, best_span
+from apportion.recipes.tasks.answers import Answer, continued
+from apportion.recipes.tasks.images import ImageData
+from apportion.recipes.tasks.instructions import InstructionData
+from apportion.recipes.tasks.module import CausalLM, ImageClassification, Majority, Seq2SeqLM, SequenceClassification
+from apportion.recipes.tasks.pairs import Seq2SeqData
+from apportion.recipes.tasks.spans import QuestionAnsweringData
+from apportion.recipes.tasks.text import TextClassificationData
+from apportion.recipes.tasks.tokens import byte_tokenizer, load_tokenizer
 
 MakeTrainer = Callable[..., pl.Trainer]
 SIZES = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -300,8 +300,8 @@ def test_an_encoder_and_decoder_learn_to_write(quiet_trainer: MakeTrainer) -> No
 
 def test_rouge_compares_words_in_order(quiet_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     written = iter([["the cat sat", "x"]])
-    monkeypatch.setattr("apportion.recipes.module.written_by", lambda *args, **kwargs: None)
-    monkeypatch.setattr("apportion.recipes.module.decoded", lambda *args: next(written))
+    monkeypatch.setattr("apportion.recipes.tasks.module.written_by", lambda *args, **kwargs: None)
+    monkeypatch.setattr("apportion.recipes.tasks.module.decoded", lambda *args: next(written))
     batch = {"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2, 3).long(), "reference": ["sat the cat", "x"]}
     module = Seq2SeqLM(config=T5)
     metrics = evaluated(module, [batch], [{"loss": torch.tensor(1.0), "logits": torch.zeros(2, 3)}], quiet_trainer())

@@ -12,9 +12,9 @@ import pytorch_lightning as pl
 import torch
 from running import trained
 
-from apportion.recipes.digits import DigitsData
-from apportion.recipes.module import CausalLM, ImageClassification, SequenceClassification
-from apportion.recipes.text import CausalTextData, TextClassificationData
+from apportion.recipes.tasks.digits import DigitsData
+from apportion.recipes.tasks.module import CausalLM, ImageClassification, SequenceClassification
+from apportion.recipes.tasks.text import CausalTextData, TextClassificationData
 from apportion.recipes.train import pieces, score, show, write
 
 MakeTrainer = Callable[..., pl.Trainer]

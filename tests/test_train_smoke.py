@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from running import composed, trained
 
 from apportion.recipes.shapes import Shape, config_of, fields, names
-from apportion.recipes.smoke import smoke, tiny
-from apportion.recipes.smoke_rows import rows
+from apportion.recipes.tasks.smoke import smoke, tiny
+from apportion.recipes.tasks.smoke_rows import rows
 
 HUB = ["model.path=nobody/model", "data.path=nobody/data", "data.train=train", "trainer=gpu"]
 TEXTS = ["model=sequence_classifier", "shape=deberta-v3-base", "data=text_classification", "data.val=validation"]

@@ -1,0 +1,7 @@
+"""``python -m apportion.recipes.evidence``: see `apportion.recipes.evidence.cli`."""
+
+import sys
+
+from apportion.recipes.evidence.cli import main
+
+sys.exit(main())
