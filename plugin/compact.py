@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apportion import ages
-from apportion.stores import Carry, Picks, Watch, index_type, read, write
+from apportion.stores import Carry, Picks, Watch, among, index_type, read, write
 from apportion.tiled import SparseForward
 
 
@@ -134,7 +134,7 @@ class Gathered:
         grad = None if self.leaf.grad is None else carry.over(self.leaf.grad)
         if picks is not None:
             grad = values.new_zeros(len(new)) if grad is None else grad
-            grad[torch.searchsorted(new, picks.index.to(new.dtype))] = picks.grad.to(grad.dtype)
+            grad[among(new, picks.index)] = picks.grad.to(grad.dtype)
         self.leaf.grad = None
         # A loss that is still alive keeps the leaf's place in autograd, and with it the old size: another type ends it.
         self.leaf.data = values.new_empty(0, dtype=torch.float16)

@@ -20,7 +20,7 @@ from apportion import sync
 from apportion.asking import asked
 from apportion.candidates import Ask, Candidates, Chooser, Site
 from apportion.selection import Selection
-from apportion.stores import Carry, Picks, index_type, merged
+from apportion.stores import Picks, among, index_type, merged
 from apportion.types import Bound
 
 
@@ -219,7 +219,7 @@ class EntrySelection(Selection):
                 picks[i] = Picks(bound.entries(i, new), payload[i].reshape(-1))
             old = self.units[i].to(p.device) if self.units is not None else new[:0].to(kind)
             new = new.to(kind)
-            self._entered += len(new) if grows else len(new) - len(Carry.between(old, new).kept)
+            self._entered += len(new) if grows else int((~among(new, old)).count_nonzero())
             units.append(merged(old, new) if grows else new)
         if not getattr(self.slots.rule, "budgeted", True) and not any(map(len, units)):
             self._say_nothing_is_selected()

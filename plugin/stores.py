@@ -114,18 +114,37 @@ class Carry:
         if len(old) == 0 or len(new) == 0:
             none = torch.empty(0, dtype=torch.int64, device=new.device)
             return cls(none, none, torch.arange(len(old), device=new.device), len(new))
-        place = torch.searchsorted(old, new.to(old.dtype)).clamp_(max=len(old) - 1)
-        kept = (old[place] == new).nonzero().flatten()
-        source = place[kept]
-        gone = torch.ones(len(old), dtype=torch.bool, device=old.device)
-        gone[source] = False
-        return cls(kept, source, gone.nonzero().flatten(), len(new))
+        stays = among(old, new)
+        return cls(
+            among(new, old).nonzero().flatten(), stays.nonzero().flatten(), (~stays).nonzero().flatten(), len(new)
+        )
 
     def over(self, values: Tensor) -> Tensor:
         """Values of the new selection: those of kept entries, zero for entering ones. Shape (size,)."""
         fresh = values.new_zeros(self.size)
         fresh[self.kept] = values[self.source]
         return fresh
+
+
+_DENSE = 128
+"""Of as many entries, one is enough for marks to be faster than a search."""
+
+
+def among(some: Tensor, others: Tensor) -> Tensor:
+    """Which of ``some`` indices are in ``others``, both sorted: bool, in the shape of ``some``.
+
+    Example:
+        >>> among(torch.tensor([1, 4, 6]), torch.tensor([0, 4, 6, 9]))
+        tensor([False,  True,  True])
+    """
+    if len(some) == 0 or len(others) == 0:
+        return torch.zeros(len(some), dtype=torch.bool, device=some.device)
+    span = 1 + max(int(some[-1]), int(others[-1])) if some.device.type == "cpu" else 0
+    if span and _DENSE * len(others) >= span:  # 3 to 14 times as fast as a search, for a byte an entry
+        marked = torch.zeros(span, dtype=torch.bool)
+        return marked.index_fill_(0, others.long(), True).index_select(0, some)
+    place = torch.searchsorted(others, some.to(others.dtype)).clamp_(max=len(others) - 1)
+    return others[place] == some
 
 
 def merged(old: Tensor, new: Tensor) -> Tensor:

@@ -14,11 +14,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from apportion.kth import SAMPLE, kth_largest
+
 CHUNK = 2**20
 """Scores looked at together; temporaries are no larger than this and what is kept."""
-
-SAMPLE = 2**15
-"""Scores that the first guess at a cutoff is made from."""
 
 
 def finite(scores: Tensor) -> Tensor:
@@ -51,14 +50,16 @@ def best(scores: Tensor, k: int) -> Tensor:
 
 def _top(keys: Tensor, k: int) -> Tensor:
     """Positions, ascending, of the ``k`` largest keys (shape (n,), no NaN); of equal keys the first."""
-    if k >= len(keys):
-        return torch.arange(len(keys), device=keys.device)
-    # `kthvalue` is no faster and has no deterministic form on CUDA; the values, unlike the positions, leave no choice.
-    cut = keys.topk(k, sorted=False).values.min()
+    return torch.arange(len(keys), device=keys.device) if k >= len(keys) else _true(_cut(keys, k)[0])
+
+
+def _cut(keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which are the ``k`` largest keys, ``k`` from 1 to n, of equal ones the first; the last of them, and its place."""
+    cut = kth_largest(keys, k)
     chosen = keys > cut
-    ties = (keys == cut).nonzero().flatten()
-    chosen[ties[: k - int(chosen.sum())]] = True
-    return chosen.nonzero().flatten()
+    ties = _true(keys == cut)[: k - int(torch.count_nonzero(chosen))]
+    chosen[ties] = True
+    return chosen, cut, ties[-1]
 
 
 def _floor(scores: Tensor, k: int, taken: Tensor | None) -> float:
@@ -75,7 +76,7 @@ def _floor(scores: Tensor, k: int, taken: Tensor | None) -> float:
         left, free = left - len(hit), free - len(taken)
     expected = left * k / max(1, free)
     rank = int(expected + 4.0 * math.sqrt(expected) + 4.0)  # four standard deviations to the safe side
-    return float(sample.topk(rank, sorted=False).values.min()) if rank <= left else -math.inf
+    return float(kth_largest(sample, rank)) if rank <= left else -math.inf
 
 
 def _scan(scores: Tensor, k: int, taken: Tensor | None, cut: float, strict: bool) -> tuple[Tensor, Tensor]:
@@ -103,11 +104,12 @@ def _scan(scores: Tensor, k: int, taken: Tensor | None, cut: float, strict: bool
 
 
 def _true(mask: Tensor) -> Tensor:
-    """Positions of True in a fresh mask, ascending; where they are few, eight entries are looked at as one number.
+    """Positions of True in a mask, ascending; where they are few, eight entries are looked at as one number.
 
     On the CPU `nonzero` takes longer than working out the scores, whatever it finds; this takes a quarter of it.
     """
     whole = len(mask) // 8 * 8
+    mask = mask.clone() if mask.storage_offset() % 8 else mask  # a number has to begin where numbers do
     blocks = mask[:whole].view(torch.int64).nonzero().flatten() if mask.device.type == "cpu" else None
     if blocks is None or 16 * len(blocks) > whole:
         return mask.nonzero().flatten()
@@ -202,17 +204,14 @@ class Stream:
             return
         order = sorted(self._found)
         device = self._found[order[0]][0].device  # models can lie on several
-        keys = torch.cat([self._found[i][0].to(device) for i in order])
-        kept = _top(keys, self.k)
-        starts = [0, *accumulate(len(self._found[i][0]) for i in order)]
-        cuts = torch.searchsorted(kept, torch.tensor(starts, device=device)).tolist()
-        cut = keys[kept].min()
+        chosen, cut, last = _cut(torch.cat([self._found[i][0].to(device) for i in order]), self.k)
+        sizes = [len(self._found[i][0]) for i in order]
         self._cut = float(cut)
-        self._last = order[bisect_right(starts, int(kept[keys[kept] == cut][-1])) - 1]
-        for j, i in enumerate(order):
-            part = (kept[cuts[j] : cuts[j + 1]] - starts[j]).to(self._found[i][0].device)
+        self._last = order[bisect_right([0, *accumulate(sizes)], int(last)) - 1]
+        for i, mask in zip(order, chosen.split(sizes), strict=True):
             key, index = self._found.pop(i)
             rows = self._rows.pop(i, None)
+            part = _true(mask.to(key.device))
             if len(part):
                 self._found[i] = (key[part], index[part])
             if len(part) and rows is not None:

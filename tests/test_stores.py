@@ -25,7 +25,9 @@ from apportion.stores import Carry, index_type, merged, read, write
 from apportion.types import When
 from apportion.units import Layers
 
-indices = st.sets(st.integers(0, 40)).map(lambda chosen: torch.tensor(sorted(chosen), dtype=torch.int32))
+# Near each other and far apart: both are looked up in a way of their own.
+near, far = st.integers(0, 40), st.integers(0, 10**5)
+indices = (st.sets(near) | st.sets(near | far)).map(lambda chosen: torch.tensor(sorted(chosen), dtype=torch.int32))
 
 
 @given(indices, indices)
