@@ -116,6 +116,7 @@ def rows() -> dict[str, dict[str, Any]]:
     names = (
         "AdamW on everything",
         "apportion, random entries",
+        "SHiRA",
         "AdamW, gradients masked",
         "apportion LISA",
         "LISA as in LMFlow",
@@ -152,8 +153,17 @@ def test_bytes_are_those_of_the_formulas(rows: dict[str, dict[str, Any]]) -> Non
     assert entries["promises"]["selected"] == k
     exact = 16 * k + 4 * len(trainable(matrices(TINY)))
     assert exact <= entries["memory"]["held"] <= exact + 2048  # what the model itself remembers of a pass
+    shira = next(row for name, row in rows.items() if name.startswith("SHiRA"))["memory"]
+    assert 20 * k <= shira["held"] <= 20 * k + 2048  # value, row, column, moments
     sara = rows["the official SaRA"]["memory"]
     assert sara["held"] >= everything  # one byte of mask for each weight, whatever is selected
+
+
+def test_rivals_of_a_group_take_turns_with_ours(rows: dict[str, dict[str, Any]]) -> None:
+    for name in ("LISA as in LMFlow", "BaseFinetuning", "AdamW, gradients masked"):
+        found = rows[name]["time"]["to_ours"]
+        assert 0.0 < found["lowest"] <= found["ratio"] <= found["highest"]
+    assert rows["apportion LISA"]["time"]["to_ours"] is None
 
 
 def test_promises_are_watched(rows: dict[str, dict[str, Any]]) -> None:
@@ -187,7 +197,7 @@ def test_a_layer_that_moves_although_frozen_is_seen() -> None:
 def test_who_is_better_is_said() -> None:
     def row(name: str, kind: str, peak: int, held: int, ratio: float) -> dict[str, Any]:
         return {"name": name, "kind": kind, "group": "g", "run": True, "memory": {"peak": peak, "held": held},
-                "time": {"ratio": ratio}}  # fmt: skip
+                "time": {"ratio": 1.0, "to_ours": None if kind == "ours" else {"ratio": ratio}}}  # fmt: skip
 
     own, other = row("we", "ours", 100, 100, 1.0), row("they", "package", 50, 120, 0.99)
     assert compared([own, other]) == ["they is better than we: peak 0.50 of ours."]

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from apportion.memory import Tracker
 from apportion.recipes.bench import peers_entries, peers_layers
@@ -47,7 +47,7 @@ class Plan:
 
     size: Size = field(default_factory=lambda: Size("30 M", 512, 1376, 8, tokens=128))
     steps: int = 7
-    turns: int = 5
+    turns: int = 7
     contenders: Callable[[], list[Contender]] = lambda: [*peers_entries.contenders(), *peers_layers.contenders()]
 
 
@@ -57,19 +57,29 @@ def tokens_of(size: Size, steps: int) -> list[Tensor]:
 
 
 def memory(contender: Contender, size: Size, steps: int) -> dict[str, Any]:
-    """Bytes by part at the peak of ``steps`` steps, and those held after the last one."""
+    """Bytes by part at the peak of ``steps`` steps, and those held after the last one, but for the weights."""
+    bare = size.build()
+    own = sum(t.numel() * t.element_size() for t in [*bare.parameters(), *bare.buffers()])
     model, batches = contender.build(size), tokens_of(size, steps)
+    beside = unlisted(model)
     with Tracker(model) as tracker:
         rival = contender.make(model, steps)
         tracker.mark("made")
         rival.run(batches, lambda trained: None)
-        peak = tracker.mark("done")
+        peak = tracker.mark("done").as_dict()
         now = tracker.now
+    peak |= {"peak": peak["peak"] + beside, "temporaries": peak["temporaries"] + beside}
     return {
-        **peak.as_dict(),
-        "held": now.total - now.weights,
+        **peak,
+        "held": now.total + beside - own,
         "held_moments": sum(v.numel() * v.element_size() for v in rival.state()),
     }
+
+
+def unlisted(model: nn.Module) -> int:
+    """Bytes of tensors that modules keep in plain dictionaries, so that they are neither parameters nor buffers."""
+    kept = [v for m in model.modules() for d in vars(m).values() if type(d) is dict for v in d.values()]
+    return sum(v.numel() * v.element_size() for v in kept if type(v) is torch.Tensor)
 
 
 def promises(contender: Contender, size: Size, steps: int) -> dict[str, Any]:
@@ -103,43 +113,55 @@ def _copied(rival: Rival) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in rival.model.named_parameters()}
 
 
-def times(contender: Contender, size: Size, turns: int) -> dict[str, Any]:
-    """Seconds of a step, and its ratio to one of AdamW on everything; medians, and the range of the ratios."""
+def times(contender: Contender, size: Size, turns: int, own: Contender | None = None) -> dict[str, Any]:
+    """Seconds of a step, and its ratios to one of AdamW on everything and to ``own``; medians, and their ranges.
+
+    All take turns on the same tokens, so that whatever else the machine does falls on all of them.
+    """
     warm_up = 2
     batches = tokens_of(size, turns + warm_up)
-    rival, measure = contender.make(contender.build(size), len(batches)), plain(whole(size))
-    seconds: list[tuple[float, float]] = []
+    rival = contender.make(contender.build(size), len(batches))
+    beside = [plain(whole(size)), *([] if own is None else [own.make(own.build(size), len(batches))])]
+    seconds: list[list[float]] = []
     began = time.perf_counter()
 
     def turn(trained: Trained | None) -> None:
         nonlocal began
         del trained
-        took, again = time.perf_counter() - began, time.perf_counter()
-        measure.run([batches[len(seconds)]], lambda _: None)
-        seconds.append((took, time.perf_counter() - again))
+        took, batch = [time.perf_counter() - began], batches[len(seconds)]
+        for other in beside:
+            began = time.perf_counter()
+            other.run([batch], lambda _: None)
+            took.append(time.perf_counter() - began)
+        seconds.append(took)
         began = time.perf_counter()
 
     rival.run(batches, turn)
-    ratios = sorted(a / b for a, b in seconds[warm_up:])
+    kept = seconds[warm_up:]
     return {
-        "step": statistics.median(a for a, _ in seconds[warm_up:]),
-        "ratio": statistics.median(ratios),
-        "lowest": ratios[0],
-        "highest": ratios[-1],
+        "step": statistics.median(took[0] for took in kept),
+        **_ratio([took[0] / took[1] for took in kept]),
         "turns": turns,
+        "to_ours": None if own is None else _ratio([took[0] / took[2] for took in kept]),
     }
+
+
+def _ratio(values: Sequence[float]) -> dict[str, float]:
+    return {"ratio": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def measure(plan: Plan, report: Callable[[str], Any]) -> list[dict[str, Any]]:
     """A row for each contender; of one that fails, with the reason."""
-    rows = []
-    for contender in plan.contenders():
+    rows, everybody = [], plan.contenders()
+    ours = {contender.group: contender for contender in everybody if contender.kind == "ours"}
+    for contender in everybody:
         report(contender.name)
         row: dict[str, Any] = {key: getattr(contender, key) for key in ("name", "group", "kind", "note")}
         try:
             row |= {"memory": memory(contender, plan.size, plan.steps)}
             row |= {"promises": promises(contender, plan.size, plan.steps)}
-            row |= {"time": times(contender, plan.size, plan.turns), "run": True}
+            own = ours.get(contender.group) if contender.kind != "ours" else None
+            row |= {"time": times(contender, plan.size, plan.turns, own), "run": True}
         except Exception as error:  # of others' code, or no network: the rest is measured all the same
             said = str(error).strip().splitlines() or ["no message"]
             row |= {"run": False, "reason": f"{type(error).__name__}: {said[0]}"}
@@ -155,7 +177,7 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[str]:
             found = {
                 "peak": (other["memory"]["peak"], own["memory"]["peak"]),
                 "held between steps": (other["memory"]["held"], own["memory"]["held"]),
-                "time of a step": (other["time"]["ratio"], own["time"]["ratio"]),
+                "time of a step": (other["time"]["to_ours"]["ratio"], 1.0),
             }
             better = [f"{what} {a / b:.2f} of ours" for what, (a, b) in found.items() if b and a < (1.0 - _CLEAR) * b]
             if better:
@@ -169,22 +191,23 @@ def section(result: dict[str, Any]) -> list[str]:
         "## Against peers",
         "",
         f"{result['model']}, fp32, {result['tokens']} tokens. Memory over {result['steps']} steps, MiB; held: between "
-        "two steps, beside the weights. Step: median and range of the ratios to a step of AdamW on everything.",
+        "two steps, beside the model's own weights. Step: median and range of the ratios to a step of AdamW on "
+        "everything, and to one of ours in the same group, all in turns.",
         "",
         "| | what | group | peak | gradients | optimizer | activations | rest | held | step / AdamW "
-        "| the unselected stays | state follows | moments / entry |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| step / ours | the unselected stays | state follows | moments / entry |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         head = f"| {row['name']} | {KINDS[row['kind']]} | {row['group']} |"
         if not row["run"]:
-            lines.append(f"{head} not run: {row['reason']} |" + " |" * 9)
+            lines.append(f"{head} not run: {row['reason']} |" + " |" * 10)
             continue
         m, t, p = row["memory"], row["time"], row["promises"]
         parts = ("peak", "gradients", "optimizer", "activations", "temporaries", "held")
         cells = " | ".join(f"{m[part] / _MIB:.1f}" for part in parts)
         lines.append(
-            f"{head} {cells} | {t['ratio']:.2f} ({t['lowest']:.2f} to {t['highest']:.2f}) | {_said(p['still'])} "
+            f"{head} {cells} | {_spread(t)} | {_spread(t['to_ours'])} | {_said(p['still'])} "
             f"| {_said(p['follows'])} | {p['moments'] / max(1, p['selected']):.2f} |"
         )
     notes = [f"{row['name']}: {row['note']}." for row in result["rows"] if row["note"] and row["run"]]
@@ -197,6 +220,10 @@ def section(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _spread(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"{found['ratio']:.2f} ({found['lowest']:.2f} to {found['highest']:.2f})"
+
+
 def _said(value: bool | None) -> str:
     return {True: "yes", False: "**no**", None: "-"}[value]
 
@@ -205,7 +232,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     """Measures all contenders and writes ``peers.json``; fails if one of ours breaks a promise or cannot run."""
     made = parser("peers", __doc__)
     made.add_argument("--steps", type=int, default=7, help="steps whose memory and promises are followed")
-    made.add_argument("--turns", type=int, default=5, help="turns that the medians are over")
+    made.add_argument("--turns", type=int, default=7, help="turns that the medians are over")
     options = made.parse_args(arguments)
     plan = plan or Plan(steps=options.steps, turns=options.turns)
     began = time.monotonic()
