@@ -16,22 +16,13 @@ from apportion.recipes.shapes import Shape, config_of
 LENGTH, STEPS = 1024, 9
 _EVERY = 4  # steps between switches and refreshes
 _GROWTH = 2  # steps that ID3 selects at
-_SIZES: dict[str, dict[str, Any]] = {
-    "llama-2-13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-    },
-    "tiny": {
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    },
+_TINY = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
 }
 
 
@@ -101,8 +92,8 @@ def selects(method: str, step: int) -> bool:
 
 def shape_of(cell: Cell) -> Shape:
     """The model and its batches, with adapters where the method works on them."""
-    config = config_of("llama-2-7b" if cell.shape in _SIZES else cell.shape)
-    config.update(_SIZES.get(cell.shape, {}))
+    config = config_of("llama-2-7b" if cell.shape == "tiny" else cell.shape)
+    config.update(_TINY if cell.shape == "tiny" else {})
     config._attn_implementation = "sdpa"
     return Shape(config, _RANKS.get(cell.method, 0), tuple(LINEAR))
 
