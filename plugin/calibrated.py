@@ -14,13 +14,6 @@ from apportion.candidates import Calibration, Site
 from apportion.discrepancy import discrepancy
 
 
-def _calibration(score: object, batches: int, per: str, mode: str) -> Calibration:
-    try:
-        return Calibration(batches, per, mode)
-    except ValueError as error:  # quote the call that was made
-        raise ValueError(str(error).replace("`Calibration(", f"`{type(score).__name__}(")) from None
-
-
 def gathered(score: object, site: Site) -> Tensor:
     """The mean of the terms at ``site`` in fp32; raises `ValueError` with the ``score`` that asked if there is none."""
     if site.grad is None:
@@ -28,8 +21,39 @@ def gathered(score: object, site: Site) -> Tensor:
     return site.grad.float()
 
 
+class _Gathered:
+    """What these scores have in common: the batches, and the mean of what each of them contributes."""
+
+    batches: int
+    mode: str
+    per: str = "batch"
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    grain: ClassVar[str] = "entry"
+
+    def __post_init__(self) -> None:
+        _ = self.calibration
+
+    @property
+    def calibration(self) -> Calibration:
+        """The batches, one gradient for each, or for each of their samples."""
+        try:
+            return Calibration(self.batches, self.per, self.mode)
+        except ValueError as error:  # quote the call that was made
+            raise ValueError(str(error).replace("`Calibration(", f"`{type(self).__name__}(")) from None
+
+    def term(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """g with its sign, fp32."""
+        del weight
+        return grad.float()
+
+    def entries(self, site: Site) -> Tensor:
+        """The mean of the terms, fp32, in the weight's shape."""
+        return gathered(self, site)
+
+
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(_Gathered):
     """The mean squared gradient: the diagonal of the empirical Fisher information, by batch or by sample.
 
         score = (1/B) sum_b g_b^2      g_b: gradient of the loss of batch, or sample, b
@@ -62,29 +86,14 @@ class Fisher:
     per: str = "batch"
     mode: str = "eval"
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
-    grain: ClassVar[str] = "entry"
-
-    def __post_init__(self) -> None:
-        _ = self.calibration
-
-    @property
-    def calibration(self) -> Calibration:
-        """The batches, one gradient for each of them or for each of their samples."""
-        return _calibration(self, self.batches, self.per, self.mode)
-
     def term(self, grad: Tensor, weight: Tensor) -> Tensor:
         """g^2, fp32."""
         del weight
         return grad.float().square()
 
-    def entries(self, site: Site) -> Tensor:
-        """The mean of g^2, fp32, in the weight's shape."""
-        return gathered(self, site)
-
 
 @dataclass(frozen=True)
-class MeanGradient:
+class MeanGradient(_Gathered):
     """The size of the gradient over several batches, whose signs may cancel.
 
         score = |(1/B) sum_b g_b|;   |w (1/B) sum_b g_b| if ``times_weight``
@@ -113,20 +122,6 @@ class MeanGradient:
     times_weight: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset({"calibration", "weight"})
-    grain: ClassVar[str] = "entry"
-
-    def __post_init__(self) -> None:
-        _ = self.calibration
-
-    @property
-    def calibration(self) -> Calibration:
-        """The batches, one gradient for each."""
-        return _calibration(self, self.batches, "batch", self.mode)
-
-    def term(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """g with its sign, fp32."""
-        del weight
-        return grad.float()
 
     def entries(self, site: Site) -> Tensor:
         """|mean g| or |w mean g|, fp32, in the weight's shape."""
@@ -135,7 +130,7 @@ class MeanGradient:
 
 
 @dataclass(frozen=True)
-class Discrepancy:
+class Discrepancy(_Gathered):
     """By how much the task's call for an entry exceeds its weight in the pretrained model.
 
         score = discrepancy(w, (1/B) sum_b g_b)      in 0 and (1/2, 1]
@@ -166,20 +161,6 @@ class Discrepancy:
     mode: str = "eval"
 
     needs: ClassVar[frozenset[str]] = frozenset({"calibration", "weight"})
-    grain: ClassVar[str] = "entry"
-
-    def __post_init__(self) -> None:
-        _ = self.calibration
-
-    @property
-    def calibration(self) -> Calibration:
-        """The batches, one gradient for each."""
-        return _calibration(self, self.batches, "batch", self.mode)
-
-    def term(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """g with its sign, fp32."""
-        del weight
-        return grad.float()
 
     def entries(self, site: Site) -> Tensor:
         """The raw score, fp32, in the weight's shape; the scale of the gradients plays no part."""
@@ -187,7 +168,7 @@ class Discrepancy:
 
 
 @dataclass(frozen=True)
-class TaylorChannel:
+class TaylorChannel(_Gathered):
     """What the loss would lose or win, to first order, without an output channel: the mean of its size over batches.
 
         I_c = (1/B) sum_b |sum_j w_cj g_b,cj| = (1/B) sum_b |sum_t a_tc dL_b/da_tc|      for a = x W^T, bias left out
@@ -219,17 +200,6 @@ class TaylorChannel:
     batches: int = 16
     mode: str = "eval"
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
-    grain: ClassVar[str] = "entry"
-
-    def __post_init__(self) -> None:
-        _ = self.calibration
-
-    @property
-    def calibration(self) -> Calibration:
-        """The batches, one gradient for each."""
-        return _calibration(self, self.batches, "batch", self.mode)
-
     def term(self, grad: Tensor, weight: Tensor) -> Tensor:
         """|sum of g w over the row| / (entries of the row), the same for all of its entries, fp32."""
         effects = (grad.float() * weight.float()).reshape(weight.shape[0] if weight.ndim else 1, -1)
@@ -241,7 +211,3 @@ class TaylorChannel:
             .contiguous()
             .reshape(weight.shape)
         )
-
-    def entries(self, site: Site) -> Tensor:
-        """Equal parts of I_c, fp32, in the weight's shape."""
-        return gathered(self, site)

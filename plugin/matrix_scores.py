@@ -17,6 +17,7 @@ from apportion.adapters import Adapter
 from apportion.rank_parts import by_rank, held, homes
 from apportion.rank_scores import magnitudes
 from apportion.rank_units import Triplets
+from apportion.still import Still
 from apportion.types import State
 
 
@@ -118,7 +119,7 @@ def strengths(bound: Triplets, form: str = "rank") -> Tensor:
 
 
 @dataclass(frozen=True)
-class NormGrowth:
+class NormGrowth(Still):
     """How much the core of an update has grown since the last choice.
 
         rank     q = ||D||_F / r        score = q(t) - q(at the last choice), 0 before the first
@@ -155,16 +156,6 @@ class NormGrowth:
     def init(self, bound: Triplets) -> State:
         """Cores of zero, as those of fresh adapters are."""
         return {"before": torch.zeros(len(bound.adapters), device=bound.adapters[0].a.device)}
-
-    def due(self, step: int) -> bool:
-        """Never: only the weights at choices count."""
-        del step
-        return False
-
-    def update(self, state: State, bound: Triplets, params: Collection[nn.Parameter] | None = None) -> State:
-        """Not to be asked."""
-        del bound, params
-        return state
 
     def chosen(self, state: State, bound: Triplets) -> State:
         """What the next choice compares with."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apportion.rank_parts import by_rank, spread
 from apportion.rank_units import Triplets
+from apportion.still import Still
 from apportion.types import State
 
 
@@ -31,7 +32,7 @@ def magnitudes(bound: Triplets) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RankMagnitude:
+class RankMagnitude(Still):
     """How large the part of the update is that a rank makes; the steps play no part.
 
         score_i = |E_i|                 in the SVD form
@@ -51,16 +52,6 @@ class RankMagnitude:
         """Nothing to remember."""
         del bound
         return {}
-
-    def due(self, step: int) -> bool:
-        """Never: only the weights of the moment count."""
-        del step
-        return False
-
-    def update(self, state: State, bound: Triplets, params: Collection[nn.Parameter] | None = None) -> State:
-        """Not to be asked."""
-        del bound, params
-        return state
 
     def scores(self, state: State, bound: Triplets) -> Tensor:
         """Importance of every rank, float64, shape (n,), on the CPU."""

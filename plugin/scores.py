@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from apportion.still import Still
 from apportion.types import State, View
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Still):
     """Every unit is as important as any other.
 
     Example:
@@ -28,16 +29,6 @@ class Uniform:
     def init(self, n: int) -> State:
         """Ones, shape (n,)."""
         return {"score": torch.ones(n, dtype=torch.float64)}
-
-    def due(self, step: int) -> bool:
-        """Never."""
-        del step
-        return False
-
-    def update(self, state: State, view: View) -> State:
-        """The state as it is."""
-        del view
-        return state
 
     def read(self, state: State) -> Tensor:
         """Ones, float64, shape (n,)."""

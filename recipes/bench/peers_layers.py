@@ -37,7 +37,8 @@ from apportion.recipes.bench.field import (
 from apportion.recipes.bench.peers_lightning import InLightning
 from apportion.recipes.bench.twins import IstTwin, LisaTwin
 from apportion.rules import TopK
-from apportion.types import State, View, When
+from apportion.still import Still
+from apportion.types import State, When
 from apportion.units import Layers
 
 ACTIVE, INTERVAL, RANK = 2, 3, 8
@@ -45,7 +46,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 @dataclass(frozen=True)
-class Depth:
+class Depth(Still):
     """The deeper, the more important: what others call thawing from the top.
 
     Example:
@@ -59,16 +60,6 @@ class Depth:
     def init(self, n: int) -> State:
         """Numbers of the layers, shape (n,)."""
         return {"score": torch.arange(n, dtype=torch.float64)}
-
-    def due(self, step: int) -> bool:
-        """Never."""
-        del step
-        return False
-
-    def update(self, state: State, view: View) -> State:
-        """The state as it is."""
-        del view
-        return state
 
     def read(self, state: State) -> Tensor:
         """Numbers of the layers, float64, shape (n,)."""

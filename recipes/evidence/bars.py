@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from apportion.rank_units import Triplets
+from apportion.still import Still
 from apportion.types import State
 
 
 @dataclass(frozen=True)
-class RandomRanks:
+class RandomRanks(Still):
     """A random number for every rank, drawn once: what is out stays out.
 
     Args:
@@ -30,14 +31,6 @@ class RandomRanks:
         """The numbers, float64, shape (n,)."""
         generator = torch.Generator().manual_seed(self.seed)
         return {"draw": torch.rand(bound.n, generator=generator, dtype=torch.float64)}
-
-    def due(self, step: int) -> bool:
-        """Never: they stay."""
-        return False
-
-    def update(self, state: State, bound: Triplets, params: Collection[nn.Parameter] | None = None) -> State:
-        """The same numbers."""
-        return state
 
     def scores(self, state: State, bound: Triplets) -> Tensor:
         """The numbers."""
