@@ -80,8 +80,66 @@ class Growth(Phases):
         return int(first + (last - first) * done**self.power + 1e-9)
 
 
+class _Choices:
+    """What budgets that grow by choices have in common."""
+
+    target: int | float
+    mean_rank: float | None
+    start: int
+    warmup: int | float
+    every: int
+
+    grain: ClassVar[str] = "rank"
+    timed: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_target(self)
+        _check_counts(self, "start", "add")
+        check_span(self, "warmup")
+        check_period(self)
+
+    def first(self, n: int, matrices: int) -> int:
+        """Ranks before the first step."""
+        return _begun(self, n, matrices)
+
+    def last(self, n: int, matrices: int) -> int:
+        """Ranks in the end."""
+        return counted(self, n, matrices)
+
+    def ends(self, total: int, n: int | None = None, matrices: int = 1) -> tuple[int, int]:
+        """The last step of the warm-up, and the one at which the target is reached.
+
+        Raises:
+            ValueError: If that is after the run.
+        """
+        if n is None:
+            raise ValueError(f"`{self!r}` ends when the target is reached: give the number of ranks.")
+        begin = span(self.warmup, total)
+        end = max(begin + 1, self._reached(total, self.first(n, matrices), self.last(n, matrices), matrices))
+        if end > total:
+            raise ValueError(
+                f"`{self!r}` reaches its target after {end} steps, but the run has {total}: let more matrices grow at "
+                "a time, by more ranks each, or more often."
+            )
+        return begin, end
+
+    def at(self, step: int, total: int | None, n: int | None = None, matrices: int = 1) -> int | float:
+        """Ranks after ``step`` of ``total`` optimizer steps."""
+        if total is None or n is None:
+            raise ValueError(f"`{self!r}` follows the length of the run and the number of ranks: give both.")
+        return self._count(step, total, self.first(n, matrices), self.last(n, matrices), matrices)
+
+    def _reached(self, total: int, first: int, last: int, matrices: int) -> int:
+        """The step at which there are ``last`` ranks; any after the run if it ends before."""
+        raise NotImplementedError
+
+    def _count(self, step: int, total: int, first: int, last: int, matrices: int) -> int:
+        """Ranks after ``step``."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Rounds:
+class Rounds(_Choices):
     """A few ranks of every matrix at first, then as many more at every choice, until the target is reached.
 
         b = min(bT, b0 + h add e)      after e choices, at the steps t > t_i that ``every`` divides
@@ -114,54 +172,21 @@ class Rounds:
     warmup: int | float = 0.0
     every: int = 1
 
-    grain: ClassVar[str] = "rank"
-    timed: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
-        check_target(self)
-        _check_counts(self, "start", "matrices", "add")
-        check_span(self, "warmup")
-        check_period(self)
+        super().__post_init__()
+        _check_counts(self, "matrices")
 
-    def first(self, n: int, matrices: int) -> int:
-        """Ranks before the first step."""
-        return _begun(self, n, matrices)
+    def _reached(self, total: int, first: int, last: int, matrices: int) -> int:
+        rounds = math.ceil((last - first) / (self.matrices * self.add))
+        return (span(self.warmup, total) // self.every + rounds) * self.every
 
-    def last(self, n: int, matrices: int) -> int:
-        """Ranks in the end."""
-        return counted(self, n, matrices)
-
-    def ends(self, total: int, n: int | None = None, matrices: int = 1) -> tuple[int, int]:
-        """The last step of the warm-up, and the one at which the target is reached.
-
-        Raises:
-            ValueError: If that is after the run.
-        """
-        if n is None:
-            raise ValueError(f"`{self!r}` ends when the target is reached: give the number of ranks.")
-        begin = span(self.warmup, total)
-        rounds = math.ceil((self.last(n, matrices) - self.first(n, matrices)) / (self.matrices * self.add))
-        return begin, _in_time(self, max(begin + 1, (begin // self.every + rounds) * self.every), total)
-
-    def at(self, step: int, total: int | None, n: int | None = None, matrices: int = 1) -> int | float:
-        """Ranks after ``step`` of ``total`` optimizer steps."""
-        if total is None or n is None:
-            raise ValueError(f"`{self!r}` follows the length of the run and the number of ranks: give both.")
+    def _count(self, step: int, total: int, first: int, last: int, matrices: int) -> int:
         rounds = max(0, step // self.every - span(self.warmup, total) // self.every)
-        return min(self.last(n, matrices), self.first(n, matrices) + self.matrices * self.add * rounds)
-
-
-def _in_time(budget: Any, end: int, total: int) -> int:
-    if end > total:
-        raise ValueError(
-            f"`{budget!r}` reaches its target after {end} steps, but the run has {total}: let more matrices grow at a "
-            "time, by more ranks each, or more often."
-        )
-    return end
+        return min(last, first + self.matrices * self.add * rounds)
 
 
 @dataclass(frozen=True)
-class Gap:
+class Gap(_Choices):
     """A few ranks of every matrix at first, then more matrices grow at a choice the later it is, up to the target.
 
         p = (t - t_i) / (T - t_i);   d = bT - b
@@ -202,44 +227,18 @@ class Gap:
     warmup: int | float = 0.0
     every: int = 1
 
-    grain: ClassVar[str] = "rank"
-    timed: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
-        check_target(self)
-        _check_counts(self, "start", "add")
-        check_span(self, "warmup")
-        check_period(self)
+        super().__post_init__()
         if self.form not in ("linear", "exponential"):
             raise ValueError(f"`Gap(form={self.form!r})` must be 'linear' or 'exponential'.")
 
-    def first(self, n: int, matrices: int) -> int:
-        """Ranks before the first step."""
-        return _begun(self, n, matrices)
+    def _reached(self, total: int, first: int, last: int, matrices: int) -> int:
+        end, count = _path(self, total, first, last, matrices)[-1]
+        return end if count == last else total + 1
 
-    def last(self, n: int, matrices: int) -> int:
-        """Ranks in the end."""
-        return counted(self, n, matrices)
-
-    def ends(self, total: int, n: int | None = None, matrices: int = 1) -> tuple[int, int]:
-        """The last step of the warm-up, and the one at which the target is reached.
-
-        Raises:
-            ValueError: If that is after the run.
-        """
-        if n is None:
-            raise ValueError(f"`{self!r}` ends when the target is reached: give the number of ranks.")
-        begin = span(self.warmup, total)
-        path = _path(self, total, self.first(n, matrices), self.last(n, matrices), matrices)
-        end = path[-1][0] if path[-1][1] == self.last(n, matrices) else total + 1
-        return begin, _in_time(self, max(begin + 1, end), total)
-
-    def at(self, step: int, total: int | None, n: int | None = None, matrices: int = 1) -> int | float:
-        """Ranks after ``step`` of ``total`` optimizer steps."""
-        if total is None or n is None:
-            raise ValueError(f"`{self!r}` follows the length of the run and the number of ranks: give both.")
-        path = _path(self, total, self.first(n, matrices), self.last(n, matrices), matrices)
-        return path[bisect_right(path, (step, n)) - 1][1]
+    def _count(self, step: int, total: int, first: int, last: int, matrices: int) -> int:
+        path = _path(self, total, first, last, matrices)
+        return path[bisect_right(path, (step, last)) - 1][1]
 
 
 @lru_cache(maxsize=32)
