@@ -21,6 +21,7 @@ def assert_equal(found: Any, expected: Any, what: str = "") -> None:
             assert_equal(a, b, f"{what}/{i}")
     elif isinstance(expected, Tensor):
         assert found.dtype == expected.dtype, what
-        assert torch.equal(found, expected), what
+        assert found.shape == expected.shape, what
+        assert torch.equal(found, expected), f"{what} differs by {(found.double() - expected.double()).abs().max()}"
     else:
         assert found == expected, f"{what}: {found} and {expected}"

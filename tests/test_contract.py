@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import pytorch_lightning
 import torch
+from interrupted import Interrupted, Stop
 from methods import METHODS
 from settings import SETTINGS, two_optimizers
 from torch import Tensor, nn
@@ -267,43 +268,13 @@ def test_a_checkpoint_holds_plain_data_only(name: str, tmp_path: Path) -> None:
     fit(task_for(CASES[name], "plain"), CASES[name].make(), steps=7, resume=tmp_path / "last.ckpt")
 
 
-class Stop(Exception):
-    """Raised by the test in the middle of a step."""
-
-
-class Interrupted(Task):  # type: ignore[misc, valid-type]
-    """Fails in the forward or backward pass of its fourth batch."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        if batch_idx == 3:
-            loss.backward()  # gradients are there when it happens
-            raise Stop
-        return loss
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_model_is_left_as_found_after_an_exception(name: str) -> None:
     case = CASES[name]
-    task = Interrupted(case.net(), lambda m: adamw(two_groups(m)))
-    flags = [p.requires_grad for p in task.parameters()]
-    groups: list[list[int]] = []
-    make = task.optimizer
-
-    def noted(module: nn.Module) -> torch.optim.Optimizer:
-        optimizer = make(module)
-        groups.extend([id(p) for p in g["params"]] for g in optimizer.param_groups)
-        task.built = optimizer
-        return optimizer
-
-    task.optimizer = noted
+    task = Interrupted(case.net())
     with pytest.raises(Stop):
         fit(task, case.make())
-    assert [p.requires_grad for p in task.parameters()] == flags
-    assert [[id(p) for p in g["params"]] for g in task.built.param_groups] == groups
-    assert not task.built._optimizer_step_post_hooks
-    assert not any(p._post_accumulate_grad_hooks for p in task.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in task.modules())
+    task.assert_left_as_found()
 
 
 @pytest.mark.parametrize("state", ["drop", "keep", "offload"])

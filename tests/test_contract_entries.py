@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from entry_witness import CASES, Case, EntryWitness
+from interrupted import Interrupted, Stop
 from methods import ENTRY_METHODS
 from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
@@ -288,38 +289,12 @@ def test_batches_without_a_loss_decide_nothing_and_leave_nothing(name: str, accu
     assert witness.steps[-1].count == case.counts[-1]
 
 
-class Stop(Exception):
-    """Raised by the test in the middle of a step."""
-
-
-class Interrupted(Task):  # type: ignore[misc, valid-type]
-    """Fails at its fourth batch, with the gradients of that step there."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        if batch_idx == 3:
-            loss.backward()
-            raise Stop
-        return loss
-
-
 @pytest.mark.filterwarnings("ignore:.*ckpt_path")
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ENTRY_METHODS])
 def test_the_model_is_left_as_found_after_an_exception(name: str, tmp_path: Path) -> None:
     """And with the values of the last whole step; what was saved then, and what is saved on the exception, go on."""
     case = CASES[name]
-    task = Interrupted(case.net(), lambda m: adamw(two_groups(m)))
-    flags = [p.requires_grad for p in task.parameters()]
-    groups: list[list[int]] = []
-    make = task.optimizer
-
-    def noted(module: nn.Module) -> torch.optim.Optimizer:
-        optimizer = make(module)
-        groups.extend([id(p) for p in g["params"]] for g in optimizer.param_groups)
-        task.built = optimizer
-        return optimizer
-
-    task.optimizer = noted
+    task = Interrupted(case.net())
     driver = case.make()
     witness = EntryWitness(driver, dense="tiles" not in name)
     saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
@@ -327,10 +302,7 @@ def test_the_model_is_left_as_found_after_an_exception(name: str, tmp_path: Path
     with pytest.raises(Stop):
         fit(task, [driver, witness, saved, failed], enable_checkpointing=True)
     assert len(witness.steps) == 3
-    assert [p.requires_grad for p in task.parameters()] == flags
-    assert [[id(p) for p in g["params"]] for g in task.built.param_groups] == groups
-    assert not task.built._optimizer_step_post_hooks
-    assert not task.built._optimizer_step_pre_hooks
+    task.assert_left_as_found()
     assert not hooks_of(task)
     assert not moved(witness.steps[-1].after, weights(task))
     for path in ("step=3.ckpt", "failed.ckpt"):

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from alike import assert_equal
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -109,18 +110,6 @@ def train(
     )
     run.fit(module, loader(joined, world))
     return result(module, driver, run)
-
-
-def assert_equal(found: Any, expected: Any, what: str = "") -> None:
-    """The same, bit for bit."""
-    if isinstance(expected, dict):
-        assert set(found) == set(expected), what
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{what}/{key}")
-    elif isinstance(expected, Tensor):
-        assert torch.equal(found, expected), f"{what} differs by {(found.double() - expected.double()).abs().max()}"
-    else:
-        assert found == expected, what
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

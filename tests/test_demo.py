@@ -15,6 +15,7 @@ from transformers import ViTForImageClassification
 from apportion.recipes import demo, measure, pretrain
 
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.xdist_group("demo")  # its runs are made once
 SHORT = ["--", "trainer.max_steps=6", "++callbacks.measure.track=3"]
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from alike import assert_equal
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
-from torch import Tensor, nn
+from resuming import Noisy, at, checkpoints, scheduler, seed
+from torch import nn
 from torch.utils.data import DataLoader
 from toys import Net, Task, adamw, lora_net, tokens, trainable, trainer, two_groups
 from workers import RanksFailed, fork, ranks
@@ -71,39 +70,12 @@ METHODS: dict[str, Callable[[], Any]] = {
 HALF = ("badam", "badam-drop")
 
 
-class Noisy(Task):  # type: ignore[misc, valid-type]
-    """A loss that draws from all global generators: dropout from torch's, a factor from Python's and NumPy's."""
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss: Tensor = super().training_step(batch, batch_idx)
-        return loss * (0.8 + 0.2 * random.random() + 0.2 * float(np.random.rand()))
-
-
 def net(name: str) -> nn.Module:
     return lora_net(dropout=0.2) if name in LORA else Net(dropout=0.2)
 
 
 def optimizer(module: nn.Module) -> torch.optim.Optimizer:
     return adamw(two_groups(module))
-
-
-def scheduler(opt: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"scheduler": torch.optim.lr_scheduler.ExponentialLR(opt, 0.95), "interval": "step"}
-
-
-def seed(number: int) -> None:
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
-
-
-def checkpoints(folder: Path) -> ModelCheckpoint:
-    """A checkpoint after every optimizer step."""
-    return ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=True)
-
-
-def at(folder: Path, step: int) -> Path:
-    return folder / f"step={step}.ckpt"
 
 
 def train(

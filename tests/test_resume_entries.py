@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from alike import assert_equal
 from entry_witness import CASES, Case, method, names_of
 from methods import ENTRY_METHODS
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from resuming import Noisy, at, checkpoints, scheduler, seed
 from torch import Tensor, nn
 from toys import Task, adamw, moved, tokens, trainable, trainer, two_groups, weights
 
@@ -62,22 +62,6 @@ HALF = ("growing every 2 steps, ages of entries", "principal", "gradients, held,
 """Also in bfloat16, where the optimizer holds more digits than the weights."""
 
 
-class Noisy(Task):  # type: ignore[misc, valid-type]
-    """A loss that draws from two global generators: dropout from torch's, a factor from Python's."""
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss: Tensor = super().training_step(batch, batch_idx)
-        return loss * (0.8 + 0.4 * random.random())
-
-
-def scheduler(opt: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"scheduler": torch.optim.lr_scheduler.ExponentialLR(opt, 0.95), "interval": "step"}
-
-
-def at(folder: Path, step: int) -> Path:
-    return folder / f"step={step}.ckpt"
-
-
 def train(
     name: str,
     folder: Path,
@@ -92,11 +76,10 @@ def train(
 ) -> dict[str, Any]:
     """One fit; returns its last state as a checkpoint would hold it."""
     number = 1 if resume is None else 2  # a resumed run does not start with the same random numbers
-    random.seed(number)
-    torch.manual_seed(number)
+    seed(number)
     module = Noisy(METHODS[name].net(dropout=0.2, seed=number), lambda m: adamw(two_groups(m)), scheduler)
     callback = METHODS[name].make() if driver else None
-    more = [ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)] if save else []
+    more = [checkpoints(folder)] if save else []
     data: Any = tokens(4 * EPOCH * accumulate - (2 if accumulate > 1 else 0))  # the last window may be a short one
     run = trainer(
         [*([callback] if callback else []), *callbacks, *more],
