@@ -27,6 +27,7 @@ from apportion.probing import TrainerProbe
 from apportion.selection import History, Selection, Slots
 from apportion.types import Budget, Effect, Units, When
 from apportion.windows import Stage, loss_scale, run_clock
+from apportion.zeroing import ZeroGrad
 
 # Both Trainers accept a callback only if it is of their own class; where both packages are installed we are of both.
 _bases: list[type] = []
@@ -101,6 +102,7 @@ class SelectiveTuning(_Callback):
         self._rng: list[dict[str, Any]] | None = None
         self._stage = Stage()
         self._clipping: Any = None  # the precision plugin whose clipping waits for us
+        self._zeroing: ZeroGrad | None = None
 
     def __repr__(self) -> str:
         slots = ", ".join(f"{k}={v!r}" for k, v in vars(self.slots).items())
@@ -109,7 +111,15 @@ class SelectiveTuning(_Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to the present fit, and the ``log`` functions that Lightning puts on callbacks."""
         kept = {k: v for k, v in vars(self).items() if k not in ("log", "log_dict")}
-        return {**kept, "_owner": None, "_probe": None, "_stage": Stage(), "_unchecked": set(), "_clipping": None}
+        return {
+            **kept,
+            "_owner": None,
+            "_probe": None,
+            "_stage": Stage(),
+            "_unchecked": set(),
+            "_clipping": None,
+            "_zeroing": None,
+        }
 
     @property
     def label(self) -> str:
@@ -171,6 +181,7 @@ class SelectiveTuning(_Callback):
         if trainer.world_size > 1:
             sync.take_over(trainer.strategy.model, [p for p in pl_module.parameters() if p.requires_grad])
         self.slots.effect.open(self._owner, self.state_key, bound)
+        self._zeroing = ZeroGrad(pl_module, partial(self._zero_grad, trainer))
         self._probe = TrainerProbe(trainer, pl_module, self.probe_data, self.probe_loss, self._drawn, self.seed)
         self._window_open, self._seen_step = True, trainer.global_step
         if isinstance(self.selection, EntrySelection):
@@ -187,6 +198,10 @@ class SelectiveTuning(_Callback):
         elif not self.selection.needs_probe or self.probe_data is not None or self.slots.grain == "entry":
             self._select(trainer)
             self._drawn = self._probe.drawn
+
+    def _zero_grad(self, trainer: Any, set_to_none: bool) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none)
 
     def _settle_before_clipping(self, trainer: Any) -> None:
         """Makes ``self.clip_gradients`` of manual optimization find the gradients of what the step has chosen."""
@@ -339,9 +354,11 @@ class SelectiveTuning(_Callback):
         pl_module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
         if self._clipping is not None:
             vars(self._clipping).pop("clip_gradients", None)
+        if self._zeroing is not None:
+            self._zeroing.detach()
         if self._owner is not None:
             self.slots.effect.close(self._owner, self.state_key)
-        self._owner = self._probe = self._rng = self._clipping = None
+        self._owner = self._probe = self._rng = self._clipping = self._zeroing = None
         self._stage = Stage()
         self._unchecked = set()
 

@@ -18,6 +18,7 @@ from apportion.kinds import stage_of
 from apportion.owner import Owner
 from apportion.probe import BatchProbe
 from apportion.selection import Selection
+from apportion.zeroing import ZeroGrad
 
 
 class Selective(Optimizer):
@@ -97,6 +98,7 @@ class Selective(Optimizer):
         except ValueError:
             method.slots.effect.close(self.owner, self._key, final=False)
             raise
+        self._zeroing = ZeroGrad(model, self.zero_grad)
         self._select()
 
     @property
@@ -192,6 +194,7 @@ class Selective(Optimizer):
 
         A budget of ranks that has not arrived is enforced before, with a warning.
         """
+        self._zeroing.detach()
         self._stage.conclude(lambda: (self.total_steps, None))
         self.method.slots.effect.close(self.owner, self._key, final=False)
 
