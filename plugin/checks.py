@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -221,26 +219,6 @@ def entry_gradients(owner: Owner, optimizer: Optimizer, bound: Candidates, label
             "part of the model that the loss does not depend on (leave it out by `exclude=`)."
         )
     return without
-
-
-_WHOLE_CLIP = re.compile(r"clip_grad_(norm|value)_\(\s*[\w.]*\bparameters\(")
-
-
-def clipping(module: Any, label: str) -> None:
-    """Warns about gradients that the user's own code clips over all parameters, where entries have none any more."""
-    for name in ("training_step", "on_before_optimizer_step", "on_after_backward", "configure_gradient_clipping"):
-        try:
-            source = inspect.getsource(getattr(type(module), name))
-        except (AttributeError, OSError, TypeError):
-            continue
-        if _WHOLE_CLIP.search(source):
-            warnings.warn(
-                f"`{type(module).__name__}.{name}` clips the gradients of `parameters()`, of which `{label}` has moved "
-                "those of selected entries to the optimizer: nothing would be clipped. Use the Trainer's "
-                "`gradient_clip_val`, `self.clip_gradients(optimizer, ...)`, or the parameters in "
-                "`optimizer.param_groups`.",
-                stacklevel=3,
-            )
 
 
 def scaling(trainer: Any, label: str) -> None:

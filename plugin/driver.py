@@ -19,7 +19,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from apportion import checks, randomness, sync
+from apportion import checks, clips, randomness, sync
 from apportion.entry_selection import EntrySelection
 from apportion.kinds import selection_of, stage_of
 from apportion.owner import Owner
@@ -184,11 +184,12 @@ class SelectiveTuning(_Callback):
         self._zeroing = ZeroGrad(pl_module, partial(self._zero_grad, trainer))
         self._probe = TrainerProbe(trainer, pl_module, self.probe_data, self.probe_loss, self._drawn, self.seed)
         self._window_open, self._seen_step = True, trainer.global_step
-        if isinstance(self.selection, EntrySelection):
-            checks.clipping(pl_module, self.label)
-            if "grad" in self.slots.score.needs and not pl_module.automatic_optimization:
-                checks.scaling(trainer, self.label)
-                self._settle_before_clipping(trainer)
+        if self._owner.displaced:
+            clips.in_module(pl_module, self.label)
+        by_gradients = isinstance(self.selection, EntrySelection) and "grad" in self.slots.score.needs
+        if by_gradients and not pl_module.automatic_optimization:
+            checks.scaling(trainer, self.label)
+            self._settle_before_clipping(trainer)
         self._stage = stage_of(self._owner, self.state_key, self.selection)
         self._stage.begin(partial(run_clock, trainer))
         if self.selection.count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apportion import checks, sync
+from apportion import checks, clips, sync
 from apportion.calibrate import Term, gather
 from apportion.candidates import Calibration
 from apportion.entry_selection import EntrySelection
@@ -99,6 +100,8 @@ class Selective(Optimizer):
             method.slots.effect.close(self.owner, self._key, final=False)
             raise
         self._zeroing = ZeroGrad(model, self.zero_grad)
+        if self.owner.displaced:
+            clips.in_loop(sys._getframe(1), self.selection.label)
         self._select()
 
     @property

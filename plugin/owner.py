@@ -27,6 +27,8 @@ from apportion.places import Slot, reshape
 from apportion.positions import kept_beside, spread_out, take_in
 from apportion.stores import Narrow, Picks
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class Owner:
     """Owns the param groups of the optimizers of one training run.
@@ -173,7 +175,7 @@ class Owner:
                 slot.park(claim.state)
             elif trains and not slot.trains:
                 slot.revive()
-            if trains and slot.store is None and claim.master == "fp32" and p.dtype in (torch.bfloat16, torch.float16):
+            if trains and slot.store is None and claim.master == "fp32" and p.dtype in _HALF:
                 slot.give_master()
         self.write_groups()
 
@@ -237,6 +239,14 @@ class Owner:
                 for p in group:
                     if self.slots[p].trains:
                         yield self.leaf(p)
+
+    @property
+    def displaced(self) -> bool:
+        """Whether others stand, or may come to stand, in the param groups for parameters of the model."""
+        return any(
+            claim.narrow or (claim.master == "fp32" and any(p.dtype in _HALF for p in claim.covered))
+            for claim in self.claims.values()
+        )
 
     def offloaded(self) -> Iterator[Tensor]:
         """Optimizer state that waits off the device for its parameter's next turn."""
