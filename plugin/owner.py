@@ -12,14 +12,16 @@ load it, and the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from apportion import claims, eligible
 from apportion.claims import Claim
@@ -28,6 +30,8 @@ from apportion.positions import kept_beside, spread_out, take_in
 from apportion.stores import Narrow, Picks
 
 _HALF = (torch.bfloat16, torch.float16)
+_CLAIMED: MutableMapping[nn.Parameter, ReferenceType[Owner]] = WeakIdKeyDictionary()
+"""The owner that each parameter was last claimed by, in this process."""
 
 
 class Owner:
@@ -78,6 +82,25 @@ class Owner:
             )
         return cls(optimizers)
 
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Takes up param groups that were added to an optimizer since; what nobody selects from trains as before.
+
+        Raises:
+            ValueError: If one of their parameters has a place in the groups already, from which it is out at present.
+        """
+        which = self.optimizers.index(optimizer)
+        for group in optimizer.param_groups[len(self.full[which]) :]:
+            twice = [p for p in group["params"] if p in self.slots]
+            if twice:
+                raise ValueError(
+                    f"`add_param_group(...)` was given {len(twice)} parameters, such as one of shape "
+                    f"{tuple(twice[0].shape)}, that a selection holds back at present: they have their place in the "
+                    "other groups and come back by themselves. Add only what is new."
+                )
+            self.full[which].append(list(group["params"]))
+            self.labels[which].append(list(group["param_names"]) if "param_names" in group else None)
+            self.slots.update({p: Slot(p, optimizer) for p in group["params"]})
+
     # What trains ------------------------------------------------------------------------------------------------------
 
     def claim(
@@ -106,6 +129,7 @@ class Owner:
         split = stores or {}
         apart = {*split, *ranks}
         claims.check(self, key, covered, state, master, split, apart)
+        self._check_alone(key, covered)
         if not self._handles:
             self._attach()
         narrow = {covered[name] for name in split}
@@ -123,6 +147,20 @@ class Owner:
                 slot.parked = None
         if narrow:
             self.write_groups()
+
+    def _check_alone(self, key: str, covered: Mapping[str, nn.Parameter]) -> None:
+        """Refuses parameters that a selection around other optimizers holds: one would move what the other froze."""
+        for name, p in covered.items():
+            known = _CLAIMED.get(p)
+            other = None if known is None else known()
+            if other is not None and other is not self and any(p in claim.covered for claim in other.claims.values()):
+                raise ValueError(
+                    f"`{_plain(key)}` selects from {name}, which `{_plain(next(iter(other.claims)))}` around another "
+                    "optimizer selects from: end that one first (`close()` of a `Selective`), or give both the same "
+                    "optimizers."
+                )
+        for p in covered.values():
+            _CLAIMED[p] = ref(self)
 
     def move(self, key: str, indices: Mapping[nn.Parameter, Tensor], picks: Mapping[nn.Parameter, Picks]) -> None:
         """Makes ``indices`` the entries that train, of parameters that the selection ``key`` selects entries of.
@@ -234,7 +272,8 @@ class Owner:
 
     def training(self) -> Iterator[nn.Parameter]:
         """The tensors that the optimizers step now (masters where there are any), in the optimizers' order."""
-        for groups in self.full:
+        for optimizer, groups in zip(self.optimizers, self.full, strict=True):
+            self.adopt(optimizer)
             for group in groups:
                 for p in group:
                     if self.slots[p].trains:
@@ -282,6 +321,7 @@ class Owner:
     def write_groups(self, everything: bool = False) -> None:
         """Puts what trains, or ``everything``, into the param groups, in the order of the untouched optimizer."""
         for optimizer, groups, names in zip(self.optimizers, self.full, self.labels, strict=True):
+            self.adopt(optimizer)
             for group, params, labels in zip(optimizer.param_groups, groups, names, strict=True):
                 keep = [everything or self.slots[p].trains for p in params]
                 group["params"] = [self.leaf(p) for p, k in zip(params, keep, strict=True) if k]
@@ -316,6 +356,7 @@ class Owner:
         return (args[:1], {**kwargs, "closure": closed})
 
     def _gradients_are_there(self, optimizer: Optimizer) -> None:
+        self.adopt(optimizer)
         for p, slot in self.slots.items():
             if slot.store is not None and slot.optimizer is optimizer and slot.trains:
                 slot.store.before_step(p)
@@ -326,6 +367,11 @@ class Owner:
                 slot.store.write_through(p)
         for look in self.stepped.values():
             look(optimizer)
+
+
+def _plain(key: str) -> str:
+    """A selection as its user knows it."""
+    return key.partition("@")[0]
 
 
 def _with_entries(beside: dict[int, Any], optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

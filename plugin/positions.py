@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def _numbered(owner: Owner, optimizer: Optimizer) -> Iterator[tuple[int, nn.Parameter]]:
+    owner.adopt(optimizer)
     groups = owner.full[owner.optimizers.index(optimizer)]
     yield from enumerate(p for group in groups for p in group)
 
@@ -80,6 +81,7 @@ def take_in(owner: Owner, optimizer: Optimizer, state_dict: dict[str, Any]) -> d
     Raises:
         ValueError: If its groups are of other sizes.
     """
+    owner.adopt(optimizer)
     full = [len(group) for group in owner.full[owner.optimizers.index(optimizer)]]
     saved = [len(group["params"]) for group in state_dict["param_groups"]]
     if saved != full:

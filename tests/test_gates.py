@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from alike import assert_equal
 from gate_methods import ADAPTERS, GATE_METHODS
+from interrupted import Interrupted, Stop
 from peft import LoraConfig, get_peft_model
 from rank_methods import svd_net
 from settings import SETTINGS
-from test_contract import Case, Interrupted, SaveAtThree, Stop, driver_for, equal, task_for
-from test_ddp import assert_equal
+from test_contract import Case, SaveAtThree, driver_for, equal, task_for
 from torch import Tensor, nn
-from toys import BLOCKS, Net, Task, adamw, fit, loader, lora_net, moved, tokens, trainable, trainer, two_groups, weights
+from toys import BLOCKS, Net, Task, adamw, fit, loader, lora_net, moved, tokens, trainable, trainer, weights
 from witness import Witness
 from workers import ranks
 
@@ -259,12 +260,10 @@ def test_six_steps_are_three_steps_saved_loaded_and_three_more(name: str, settin
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_model_is_left_as_found_after_an_exception(name: str) -> None:
-    task = Interrupted(CASES[name].net(), lambda m: adamw(two_groups(m)))
-    flags = [p.requires_grad for p in task.parameters()]
+    task = Interrupted(CASES[name].net())
     with pytest.raises(Stop):
         fit(task, CASES[name].make())
-    assert [p.requires_grad for p in task.parameters()] == flags
-    assert not any(p._post_accumulate_grad_hooks for p in task.parameters())
+    task.assert_left_as_found()
 
 
 def train(batch: int, joined: int = 1) -> dict[str, Any]:

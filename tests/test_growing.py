@@ -10,10 +10,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from alike import assert_equal
 from peft import LoraConfig, PeftModel, get_peft_model
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
 from rank_methods import CASES, fresh_net, svd_net
-from test_ddp import assert_equal
 from test_ranks import SETTINGS, Watch, gates, task_for
 from test_ranks_files import logits
 from torch import Tensor, nn

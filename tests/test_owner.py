@@ -264,3 +264,95 @@ def test_offloaded_state_leaves_the_device_and_comes_back() -> None:
     after = optimizer.state[module[0].weight]["exp_avg"]
     assert after.device == before.device
     assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_a_group_that_is_added_later_trains_beside_what_is_selected(names: bool) -> None:
+    def group_of(extra: nn.Module) -> dict[str, Any]:
+        found = list(extra.named_parameters())
+        return {"params": found if names else [p for _, p in found], "lr": 3e-3}
+
+    runs = []
+    for selecting in (True, False):
+        module, extra = model(2), model(1)
+        given = module.named_parameters() if names else module.parameters()
+        optimizer = torch.optim.AdamW(given, lr=1e-2, weight_decay=0.1)
+        owner = Owner([optimizer])
+        if selecting:
+            owner.claim("a", named(module, 0), "drop", None)
+            select(owner, module, 0)
+        both = nn.Sequential(module, extra)
+        for turn in range(4):
+            if turn == 1:
+                optimizer.add_param_group(group_of(extra))
+            if turn == 2 and selecting:
+                select(owner, module, 0)
+            step(both, optimizer)
+        if selecting:
+            assert list(owner.training()) == [*module.parameters(), *extra.parameters()]
+        runs.append((copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in both.parameters()]))
+    (ours, here), (plain, there) = runs
+    assert ours["param_groups"] == plain["param_groups"]
+    assert ours["state"].keys() == plain["state"].keys()
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_a_group_of_what_is_held_back_is_refused_at_the_next_step() -> None:
+    module, optimizer, owner = owned()
+    select(owner, module, 1)
+    optimizer.add_param_group({"params": list(module[0].parameters())})
+    before = [p.detach().clone() for p in module.parameters()]
+    module(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"`add_param_group\(...\)` was given 2 .* shape \(3, 3\), that a selection holds"
+    ):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_a_checkpoint_with_an_added_group_is_taken_in_where_it_was_added_again() -> None:
+    module, optimizer, owner = owned()
+    extra = model(1)
+    optimizer.add_param_group({"params": list(extra.parameters())})
+    select(owner, module, 1)
+    step(nn.Sequential(module, extra), optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again, other, twin = owned()
+    more = model(1)
+    other.add_param_group({"params": list(more.parameters())})
+    other.load_state_dict(saved)
+    select(twin, again, 1)
+    assert other.state.keys() == {*again[1].parameters(), *more.parameters()}
+
+
+def test_what_another_optimizer_s_selection_holds_is_refused_until_that_has_ended() -> None:
+    module, _, owner = owned()
+    select(owner, module, 1)
+    second = Owner([torch.optim.SGD(module.parameters(), lr=0.1)])
+    with pytest.raises(ValueError, match=r"`b` selects from 0.weight, which `a` around another optimizer selects from"):
+        second.claim("b@7f", named(module), "drop", None)
+    assert not second.claims
+    owner.release("a")
+    second.claim("b@7f", named(module), "drop", None)
+    second.release("b@7f")
+
+
+def test_selections_of_different_parameters_have_optimizers_of_their_own() -> None:
+    module = model()
+    owners = [Owner([torch.optim.SGD(part.parameters(), lr=0.1)]) for part in (module[:2], module[2:])]
+    for at, owner in enumerate(owners):
+        owner.claim("a", named(module, 2 * at, 2 * at + 1), "drop", None)
+        select(owner, module, 2 * at)
+    assert [p.requires_grad for p in module.parameters()] == [True, True, False, False] * 2
+
+
+@pytest.mark.parametrize("first", ["training", "state_dict"])
+def test_whoever_asks_first_sees_a_group_that_was_added(first: str) -> None:
+    module, optimizer, owner = owned()
+    select(owner, module, 1)
+    extra = model(1)
+    optimizer.add_param_group({"params": list(extra.parameters())})
+    if first == "training":
+        assert list(owner.training()) == [*module[1].parameters(), *extra.parameters()]
+    else:
+        assert [group["params"] for group in optimizer.state_dict()["param_groups"]] == [[*range(8)], [8, 9]]
