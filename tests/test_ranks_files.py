@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from alike import assert_equal
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from pytorch_lightning.callbacks import ModelCheckpoint
 from rank_methods import CASES, LORA_CASES, RANK_METHODS, SCHEDULE, svd_net
-from test_ddp import assert_equal
 from test_ranks import Sequences
 from torch import Tensor, nn
 from toys import LENGTH, Net, Task, adamw, fit, loader, tokens, trainable, two_groups

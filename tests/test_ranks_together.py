@@ -11,10 +11,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from alike import assert_equal
 from pytorch_lightning.callbacks import ModelCheckpoint
 from rank_methods import LORA_CASES, RANK_METHODS, svd_net
 from test_contract import Stop
-from test_ddp import assert_equal
 from torch import nn
 from toys import Task, adamw, fit, loader, lora_net, tokens, trainable, trainer, two_groups, weights
 from workers import ranks
