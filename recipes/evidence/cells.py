@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,12 @@ def reported(
 
 
 def pending(
-    records: Records, grid: str, tasks: Iterable[str], methods: Sequence[Method], seeds: Sequence[int] = SEEDS
+    records: Records,
+    grid: str,
+    tasks: Iterable[str],
+    methods: Sequence[Method],
+    seeds: Sequence[int] = SEEDS,
+    every_rate: bool = False,
 ) -> Iterator[Cell]:
     """The cells that are missing and can be run: task by task, first the search of all methods, then seed by seed.
 
@@ -222,12 +227,14 @@ def pending(
         tasks: Names of the tasks, the most telling first.
         methods: The methods.
         seeds: The seeds that are reported.
+        every_rate: Whether the seeds are run at every rate of the search, besides the one that it chose.
     """
     for task in tasks:
         for method in methods:
             yield from (cell for cell in search(records, grid, task, method) if records.get(cell) is None)
         for seed in seeds:
             for method in methods:
-                for cell, record in reported(records, grid, task, method, (seed,)):
-                    if record is None:
-                        yield cell
+                cells = [cell for cell, _ in reported(records, grid, task, method, (seed,))]
+                if every_rate and cells:
+                    cells += [replace(cell, seed=seed) for cell in search(records, grid, task, method)]
+                yield from (cell for cell in cells if records.get(cell) is None)

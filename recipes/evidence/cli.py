@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument(
         "--seeds", nargs="+", type=int, default=list(evidence_cells.SEEDS), help="seeds that are reported"
     )
+    made.add_argument("--every-rate", action="store_true", help="run the seeds at every rate of the search")
     made.add_argument("--data", type=Path, help="folder that holds trec/, sst2/, rte/, mrpc/ and so on")
     made.add_argument(
         "--model", type=Path, help="folder of the model (default: the one that the grid fetches or makes)"
@@ -88,7 +89,7 @@ def work(grid: Any, records: Records, tasks: Sequence[str], methods: Sequence[Me
         for task in tasks
     }
     while time.monotonic() < ends:
-        cells = evidence_cells.pending(records, grid.name, tasks, methods, options.seeds)
+        cells = evidence_cells.pending(records, grid.name, tasks, methods, options.seeds, options.every_rate)
         cell = next((c for c in cells if c not in busy), None)
         if cell is None:
             break

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from apportion.recipes.evidence import tradeoff
 from apportion.recipes.evidence.adapters import RANK
 from apportion.recipes.evidence.cells import SEEDS, WIDENINGS, Records
 from apportion.recipes.evidence.methods import BY_KEY, METHODS, Method
@@ -115,12 +116,16 @@ def _is_bar(method: Method) -> bool:
 
 
 def publish(out: Path, grids: Sequence[str] = tuple(LAYOUTS)) -> None:
-    """Writes ``README.md``, and for each grid ``<grid>.md``, ``.json`` and ``.png``."""
+    """Writes ``README.md``, and for each grid ``<grid>.md``, ``.json`` and pictures."""
     records = Records(out)
     out.mkdir(parents=True, exist_ok=True)
     for grid in grids:
         layout = LAYOUTS[grid]
         body = [text for task in layout.tasks for text in table(records, grid, task)]
+        both = tradeoff.has(layout) and tradeoff.picture(records, grid, out / f"{grid}-both.png")
+        if both:
+            body += ["## Gained and forgotten", "", tradeoff.ABOUT, "", f"![both]({grid}-both.png)", ""]
+            body += [text for task in layout.tasks for text in tradeoff.table(records, grid, task)]
         picture(records, grid, out / f"{grid}.png")
         shown = ["", f"![{layout.measures[0].title}]({grid}.png)", ""] if (out / f"{grid}.png").is_file() else [""]
         head = [f"# Evidence: {layout.title}", "", layout.about, "", NOTES.rstrip(), *shown]

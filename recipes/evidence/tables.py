@@ -127,15 +127,18 @@ def line(records: Records, grid: str, task: str, method: Method, base: Sequence[
     return Line(method, rate, edge, next((r["trained"] for r in ran.values()), None), tuple(values), errors, state)
 
 
+def before(records: Records, grid: str, task: str) -> list[float | None]:
+    """What the model before fine-tuning gives, by measure; None where that was not run."""
+    cells = reported(records, grid, task, BY_KEY["base"])
+    known = [r for _, r in cells if r is not None and r["error"] is None]
+    found = ([r["metrics"].get(measure.key) for r in known] for measure in LAYOUTS[grid].measures)
+    return [next((v for v in values if v is not None), None) for values in found]
+
+
 def lines(records: Records, grid: str, task: str) -> list[Line]:
     """All methods on one task, in the order of the methods."""
-    measures = LAYOUTS[grid].measures
-    before: list[float | None] = []
-    for measure in measures:
-        cells = reported(records, grid, task, BY_KEY["base"])
-        known = [r["metrics"].get(measure.key) for _, r in cells if r is not None and r["error"] is None]
-        before.append(next((v for v in known if v is not None), None))
-    return [line(records, grid, task, m, before) for m in METHODS if grid in m.grids]
+    base = before(records, grid, task)
+    return [line(records, grid, task, m, base) for m in METHODS if grid in m.grids]
 
 
 def differences(found: Sequence[Line]) -> dict[str, tuple[Estimate | None, ...]]:
