@@ -363,6 +363,64 @@ class TestTables:
         row = next(line for line in shown if line.startswith("| IST"))
         assert "| 1.400 ± 0.000 | -0.100 ± 0.000 | better | +0.3000 ± 0.0000 | -0.2000 ± 0.0000 | better |" in row
 
+    def test_gain_and_forgetting_are_shown_together_at_every_rate(self, tmp_path: Path) -> None:
+        def metrics(test: float, held: float) -> dict[str, float]:
+            return {"test/loss": test, "held_out/loss": held}
+
+        def told() -> str:
+            publish(tmp_path)
+            return (tmp_path / "decoder.md").read_text()
+
+        put(
+            tmp_path,
+            "lift",
+            "e2e",
+            "decoder",
+            dev=(-2.0, -1.0, -3.0),
+            test={1: metrics(1.5, 2.5), 2: metrics(1.7, 2.7)},
+        )
+        assert "Gained and forgotten" not in told()  # nothing to take the change from
+        put(tmp_path, "base", "e2e", "decoder", rate=0.0, test={1: metrics(3.0, 2.0)})
+        put(tmp_path, "lift", "e2e", "decoder", rate=0.1, test={1: metrics(1.4, 4.0)})
+        shown = told().split("## Gained and forgotten")[1]
+        assert "| LIFT | 0.01 | 2 | 1.600 | +0.6000 |\n| LIFT | 0.1 | 1 | 1.400 | +2.0000 |" in shown
+        assert "| no fine-tuning |" not in shown
+        assert (tmp_path / "decoder-both.png").stat().st_size > 5000
+        assert "Gained" not in (tmp_path / "encoder.md").read_text()
+
+    def test_a_change_at_another_rate_says_so(self, tmp_path: Path) -> None:
+        def metrics(test: float, held: float) -> dict[str, float]:
+            return {"test/loss": test, "held_out/loss": held}
+
+        put(tmp_path, "base", "e2e", "decoder", rate=0.0, test={1: metrics(3.0, 2.0)})
+        put(
+            tmp_path,
+            "random_entries",
+            "e2e",
+            "decoder",
+            dev=(-2, -1, -3),
+            test={1: metrics(1.5, 2.5), 2: metrics(1.5, 2.5)},
+        )
+        rates, dev = (3e-3, 1e-2, 3e-2, 1e-1), (-4, -3, -1, -2)
+        ran = {1: metrics(1.4, 2.9), 2: metrics(1.4, 2.9)}
+        put(tmp_path, "lift", "e2e", "decoder", rates=rates, dev=dev, rate=3e-2, test=ran)
+        publish(tmp_path)
+        shown = (tmp_path / "decoder.md").read_text().splitlines()
+        row = next(line for line in shown if line.startswith("| LIFT"))
+        assert (
+            "| -0.100 ± 0.000 | better | +0.9000 ± 0.0000 | +0.4000 ± 0.0000 | worse, at another rate than 0.01 |"
+            in row
+        )
+        assert "worse, at another rate than 0.01" in (tmp_path / "README.md").read_text()
+
+    def test_seeds_can_be_run_at_every_rate(self, tmp_path: Path) -> None:
+        put(tmp_path, "id3", dev=(0.5, 0.8, 0.7))
+        records, id3 = Records(tmp_path), BY_KEY["id3"]
+        cells = list(pending(records, "encoder", ["trec"], [id3], seeds=(1,), every_rate=True))
+        assert {cell.rate for cell in cells} == set(id3.rates["encoder"])
+        assert {cell.seed for cell in cells} == {1}
+        assert not list(pending(Records(tmp_path / "none"), "encoder", [], [id3], every_rate=True))
+
     def test_a_sentence_counts_only_shared_seeds(self, tmp_path: Path) -> None:
         put(tmp_path, "ist", dev=(0.2, 0.3, 0.1), test={1: 0.9, 2: 0.8})
         put(tmp_path, "rst", dev=(0.2, 0.3, 0.1), test={2: 0.9, 3: 0.9})

@@ -14,8 +14,8 @@ from apportion.recipes.evidence.adapters import RANK
 from apportion.recipes.evidence.cells import SEEDS, WIDENINGS, Records
 from apportion.recipes.evidence.methods import BY_KEY, METHODS, Method
 from apportion.recipes.evidence.sources import listed
-from apportion.recipes.evidence.stats import Estimate, verdict
-from apportion.recipes.evidence.tables import LAYOUTS, Line, Measure, as_json, differences, facts, lines, table
+from apportion.recipes.evidence.stats import Estimate
+from apportion.recipes.evidence.tables import LAYOUTS, Line, Measure, as_json, differences, facts, judged, lines, table
 
 NOTES = f"""\
 Every figure is made from the cells beside this file by `python -m apportion.recipes.evidence tables`; each cell names
@@ -54,7 +54,8 @@ def sentence(method: Method, found: dict[tuple[str, str], list[Line]]) -> str:
         layout = LAYOUTS[grid]
         for measure, difference in zip(layout.measures, differences(some)[method.key], strict=True):
             if difference is not None:
-                says = verdict(difference, measure.higher)
+                own = next(one for one in some if one.method.key == method.key)
+                says = judged(some, own, measure, difference)
                 amount = difference.told(measure.digits, sign=True)
                 told.append(f"on {layout.tasks[task]} {measure.told} {amount} (n = {len(difference.values)}): {says}")
     beside = f"**{method.title}** against {BY_KEY[method.bar].title}"

@@ -153,6 +153,15 @@ def differences(found: Sequence[Line]) -> dict[str, tuple[Estimate | None, ...]]
     }
 
 
+def judged(found: Sequence[Line], one: Line, measure: Measure, difference: Estimate | None) -> str:
+    """The verdict on a method in one measure; of a change it says where the two learning rates are not the same."""
+    if one.method.bar is None:
+        return ""
+    bar = next(other for other in found if other.method.key == one.method.bar)
+    apart = measure.change and difference is not None and one.rate != bar.rate
+    return verdict(difference, measure.higher) + (f", at another rate than {bar.rate:g}" if apart else "")
+
+
 def facts(records: Records, grid: str, task: str) -> Mapping[str, Any]:
     """What the cells say about the task itself, and the numbers of ``steps`` that they were trained for."""
     found: dict[str, Any] = {}
@@ -190,7 +199,7 @@ def table(records: Records, grid: str, task: str) -> list[str]:
             cells.append(Estimate(values).told(measure.digits, measure.change) if values else one.state)
             difference = beside.get(one.method.key, (None,) * len(layout.measures))[at]
             cells.append(difference.told(measure.digits, sign=True) if difference else "")
-            cells.append(verdict(difference, measure.higher) if one.method.bar else "")
+            cells.append(judged(found, one, measure, difference))
         made.append("| " + " | ".join(cells) + " |")
     return [*made, ""]
 
