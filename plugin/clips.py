@@ -13,7 +13,7 @@ import warnings
 from types import FrameType
 from typing import Any
 
-_WHOLE = re.compile(r"clip_grad_(?:norm|value)_\([^()]*\bparameters\(")
+_WHOLE = re.compile(r"^[^#\n]*clip_grad_(?:norm|value)_\([^()]*(?:\([^()]*)?\b(?:named_)?parameters\(", re.MULTILINE)
 _HOOKS = ("training_step", "on_before_optimizer_step", "on_after_backward", "configure_gradient_clipping")
 
 

@@ -181,10 +181,11 @@ class SelectiveTuning(_Callback):
         if trainer.world_size > 1:
             sync.take_over(trainer.strategy.model, [p for p in pl_module.parameters() if p.requires_grad])
         self.slots.effect.open(self._owner, self.state_key, bound)
-        self._zeroing = ZeroGrad(pl_module, partial(self._zero_grad, trainer))
+        if self._owner.claims[self.state_key].narrow or self._owner.displaced(self.state_key):
+            self._zeroing = ZeroGrad(pl_module, self._owner.free)
         self._probe = TrainerProbe(trainer, pl_module, self.probe_data, self.probe_loss, self._drawn, self.seed)
         self._window_open, self._seen_step = True, trainer.global_step
-        if self._owner.displaced:
+        if self._owner.displaced(self.state_key):
             clips.in_module(pl_module, self.label)
         by_gradients = isinstance(self.selection, EntrySelection) and "grad" in self.slots.score.needs
         if by_gradients and not pl_module.automatic_optimization:
@@ -199,10 +200,6 @@ class SelectiveTuning(_Callback):
         elif not self.selection.needs_probe or self.probe_data is not None or self.slots.grain == "entry":
             self._select(trainer)
             self._drawn = self._probe.drawn
-
-    def _zero_grad(self, trainer: Any, set_to_none: bool) -> None:
-        for optimizer in trainer.optimizers:
-            optimizer.zero_grad(set_to_none)
 
     def _settle_before_clipping(self, trainer: Any) -> None:
         """Makes ``self.clip_gradients`` of manual optimization find the gradients of what the step has chosen."""
@@ -357,11 +354,12 @@ class SelectiveTuning(_Callback):
             vars(self._clipping).pop("clip_gradients", None)
         if self._zeroing is not None:
             self._zeroing.detach()
-        if self._owner is not None:
-            self.slots.effect.close(self._owner, self.state_key)
+        owner = self._owner
         self._owner = self._probe = self._rng = self._clipping = self._zeroing = None
         self._stage = Stage()
         self._unchecked = set()
+        if owner is not None:
+            self.slots.effect.close(owner, self.state_key)
 
     # State ------------------------------------------------------------------------------------------------------------
 

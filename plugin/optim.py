@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -91,18 +92,24 @@ class Selective(Optimizer):
         self._probe = _probe_of(probe, model) if probe is not None else None
         self._reducer = sync.Reducer()
         self._key = f"{self.selection.label}@{id(self):x}"
-        method.slots.effect.open(self.owner, self._key, bound)
         self._unchecked = False
-        self._stage = stage_of(self.owner, self._key, self.selection)
+        zeroing: list[ZeroGrad] = []
+        # Whoever drops the wrapper without `close` has the model back as it was found all the same.
+        self._end = weakref.finalize(self, _end, method.slots.effect, self.owner, self._key, zeroing)
+        self._end.atexit = False
         try:
+            method.slots.effect.open(self.owner, self._key, bound)
+            self._stage = stage_of(self.owner, self._key, self.selection)
             self._stage.begin(lambda: (self.total_steps, None))
-        except ValueError:
-            method.slots.effect.close(self.owner, self._key, final=False)
+            if self.owner.claims[self._key].narrow or self.owner.displaced(self._key):
+                free = weakref.WeakMethod(self._free)
+                zeroing.append(ZeroGrad(model, lambda module, to_none: _call(free, module, to_none)))
+            if self.owner.displaced(self._key):
+                clips.in_loop(sys._getframe(1), self.selection.label)
+            self._select()
+        except BaseException:
+            self._end()
             raise
-        self._zeroing = ZeroGrad(model, self.zero_grad)
-        if self.owner.displaced:
-            clips.in_loop(sys._getframe(1), self.selection.label)
-        self._select()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -171,8 +178,15 @@ class Selective(Optimizer):
         list(checks.gradients(self.owner, self.base, bound, self.selection.mask, label))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Frees the gradients of what is selected; what is not selected has none, or will have none after the step."""
+        """Frees the gradients of what is selected; what is not selected has none, or will have none after the step.
+
+        Where the gradients have made a choice already, it stays.
+        """
         self.base.zero_grad(set_to_none)
+        self._stage.restart()
+
+    def _free(self, module: nn.Module, set_to_none: bool) -> None:
+        self.owner.free(module, set_to_none)
         self._stage.restart()
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,9 +211,21 @@ class Selective(Optimizer):
 
         A budget of ranks that has not arrived is enforced before, with a warning.
         """
-        self._zeroing.detach()
         self._stage.conclude(lambda: (self.total_steps, None))
-        self.method.slots.effect.close(self.owner, self._key, final=False)
+        self._end()
+
+
+def _end(effect: Any, owner: Owner, key: str, zeroing: list[ZeroGrad]) -> None:
+    """Leaves the model and the optimizer as they were found; it must not hold the wrapper."""
+    for stands in zeroing:
+        stands.detach()
+    effect.close(owner, key, final=False)
+
+
+def _call(method: weakref.WeakMethod[Any], module: nn.Module, to_none: bool) -> None:
+    free = method()
+    if free is not None:
+        free(module, to_none)
 
 
 def _probe_of(function: Callable[[], Any], model: nn.Module) -> _FunctionProbe:

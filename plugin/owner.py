@@ -89,14 +89,17 @@ class Owner:
             ValueError: If one of their parameters has a place in the groups already, from which it is out at present.
         """
         which = self.optimizers.index(optimizer)
-        for group in optimizer.param_groups[len(self.full[which]) :]:
+        known = len(self.full[which])
+        for group in optimizer.param_groups[known:]:
             twice = [p for p in group["params"] if p in self.slots]
             if twice:
+                del optimizer.param_groups[known:]
                 raise ValueError(
                     f"`add_param_group(...)` was given {len(twice)} parameters, such as one of shape "
-                    f"{tuple(twice[0].shape)}, that a selection holds back at present: they have their place in the "
-                    "other groups and come back by themselves. Add only what is new."
+                    f"{tuple(twice[0].shape)}, that have their place in another group: what a selection holds back at "
+                    "present comes back by itself. What was added is left out again; add only what is new."
                 )
+            known += 1
             self.full[which].append(list(group["params"]))
             self.labels[which].append(list(group["param_names"]) if "param_names" in group else None)
             self.slots.update({p: Slot(p, optimizer) for p in group["params"]})
@@ -126,6 +129,8 @@ class Owner:
         Raises:
             ValueError: If no optimizer holds a parameter, or two claims treat one parameter differently.
         """
+        for optimizer in self.optimizers:
+            self.adopt(optimizer)
         split = stores or {}
         apart = {*split, *ranks}
         claims.check(self, key, covered, state, master, split, apart)
@@ -153,11 +158,11 @@ class Owner:
         for name, p in covered.items():
             known = _CLAIMED.get(p)
             other = None if known is None else known()
-            if other is not None and other is not self and any(p in claim.covered for claim in other.claims.values()):
+            theirs = [] if other is None or other is self else [k for k, c in other.claims.items() if p in c.covered]
+            if theirs:
                 raise ValueError(
-                    f"`{_plain(key)}` selects from {name}, which `{_plain(next(iter(other.claims)))}` around another "
-                    "optimizer selects from: end that one first (`close()` of a `Selective`), or give both the same "
-                    "optimizers."
+                    f"`{_plain(key)}` selects from {name}, which `{_plain(theirs[0])}` around another optimizer "
+                    "selects from: end that one first (`close()` of a `Selective`), or give both the same optimizers."
                 )
         for p in covered.values():
             _CLAIMED[p] = ref(self)
@@ -279,13 +284,23 @@ class Owner:
                     if self.slots[p].trains:
                         yield self.leaf(p)
 
-    @property
-    def displaced(self) -> bool:
-        """Whether others stand, or may come to stand, in the param groups for parameters of the model."""
-        return any(
-            claim.narrow or (claim.master == "fp32" and any(p.dtype in _HALF for p in claim.covered))
-            for claim in self.claims.values()
-        )
+    def displaced(self, key: str) -> bool:
+        """Whether others stand, or may come to stand, in the param groups for what the selection ``key`` covers."""
+        claim = self.claims[key]
+        if claim.master == "fp32" and any(p.dtype in _HALF for p in claim.covered):
+            return True
+        return any(self.slots[p].leaf is not p for p in claim.narrow)
+
+    def free(self, module: nn.Module, set_to_none: bool) -> None:
+        """Frees the gradients of what steps in place of a module's parameters, or sets them to zero."""
+        for p in module.parameters():
+            leaf = self.leaf(p) if p in self.slots else p
+            if leaf is p or leaf.grad is None:
+                continue
+            if set_to_none:
+                leaf.grad = None
+            else:
+                leaf.grad.zero_()
 
     def offloaded(self) -> Iterator[Tensor]:
         """Optimizer state that waits off the device for its parameter's next turn."""
@@ -371,7 +386,7 @@ class Owner:
 
 def _plain(key: str) -> str:
     """A selection as its user knows it."""
-    return key.partition("@")[0]
+    return key.partition("@")[0].partition("{")[0]
 
 
 def _with_entries(beside: dict[int, Any], optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def among(some: Tensor, others: Tensor) -> Tensor:
         return torch.zeros(len(some), dtype=torch.bool, device=some.device)
     span = 1 + max(int(some[-1]), int(others[-1])) if some.device.type == "cpu" else 0
     if span and _DENSE * len(others) >= span:  # 3 to 14 times as fast as a search, for a byte an entry
-        marked = torch.zeros(span, dtype=torch.bool)
+        marked = torch.zeros(span, dtype=torch.bool, device=some.device)
         return marked.index_fill_(0, others.long(), True).index_select(0, some)
     place = torch.searchsorted(others, some.to(others.dtype)).clamp_(max=len(others) - 1)
     return others[place] == some

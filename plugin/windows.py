@@ -126,8 +126,13 @@ class Window(Stage):
         self.owner.vacate(self.key)
 
     def restart(self) -> None:
-        """Frees gradients that stay for a selection to come, which no param group tells of."""
+        """Frees gradients that stay for a selection to come, which no param group tells of.
+
+        A choice that they have made already stays; gradients that come now are those of the entries it has chosen.
+        """
         collector, tensors = self.collector, self.selection.bound.tensors
+        if collector is not None and self._made is not None:
+            collector.leave()
         if collector is None or self._made is not None or all(p.grad is None for p in tensors):
             return
         for p in tensors:

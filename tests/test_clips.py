@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from apportion import Selective
-from apportion.callbacks import LISA, BAdam, Random
+from apportion.callbacks import LISA, SPIDER, BAdam, Random
 
 model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]).to({dtype})
 optimizer = Selective(torch.optim.AdamW(model.parameters(), lr=1e-3), model, {method})
@@ -52,6 +52,9 @@ def said(tmp_path: Path, method: str, clip: str, dtype: str = "torch.float32") -
         OVER_MODEL,
         "nn.utils.clip_grad_norm_(\n    model.parameters(),\n    1.0,\n)",
         "clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)",
+        "clip_grad_norm_([p for _, p in model.named_parameters()], 1.0)",
+        "clip_grad_norm_(list(model.parameters()), 1.0)",
+        "clip_grad_norm_(filter(None.__ne__, model.parameters()), 1.0)",
     ],
 )
 def test_a_loop_that_clips_the_model_is_told_with_its_line(tmp_path: Path, clip: str) -> None:
@@ -65,6 +68,8 @@ def test_a_loop_that_clips_the_model_is_told_with_its_line(tmp_path: Path, clip:
     ("method", "dtype", "clip", "count"),
     [
         ("Random(0.1)", "torch.float32", OVER_OPTIMIZER, 0),
+        ("Random(0.1)", "torch.float32", f"# {OVER_MODEL}", 0),
+        ("SPIDER()", "torch.float32", OVER_MODEL, 0),  # dense gradients, where they always are
         ("LISA(1, 2)", "torch.float32", OVER_MODEL, 0),  # the gradients are where they always are
         ("LISA(1, 2)", "torch.bfloat16", OVER_MODEL, 0),
         ("BAdam(2)", "torch.float32", OVER_MODEL, 0),  # no masters of fp32 weights

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn, optim
 from toys import Net, Task, adamw, fit, loader, lora_net, moved, tokens, trainable, two_groups, weights
 
 import apportion
-from apportion.callbacks import HFT, IST, LISA, BAdam
+from apportion.callbacks import FISH, HFT, IST, LISA, BAdam, Random
 from apportion.optim import Selective
 
 BATCHES = list(tokens(24).split(2))
@@ -235,3 +237,34 @@ def test_plain_modules_work_without_lightning() -> None:
         optimizer.zero_grad()
     optimizer.close()
     assert optimizer.selection.history.masks.sum(1).tolist() == [2] * 6
+
+
+@pytest.mark.parametrize(("probe", "error"), [(None, ValueError), (lambda: 1 / 0, ZeroDivisionError)])
+def test_a_wrapper_that_cannot_be_made_leaves_nothing_behind(probe: Any, error: type[Exception]) -> None:
+    model = Net(dropout=0.0)
+    base = adamw(trainable(model))
+    with pytest.raises(error):
+        Selective(base, model, FISH(0.3), probe=probe)
+    assert not base._optimizer_step_pre_hooks
+    assert "zero_grad" not in vars(model)
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    Selective(adamw(trainable(model)), model, Random(0.1)).close()  # and another try is none too many
+
+
+@pytest.mark.parametrize("method", [LISA(active_layers=2), Random(0.1)])
+def test_a_wrapper_that_is_dropped_ends_as_if_it_were_closed(method: Any) -> None:
+    model = Net(dropout=0.0)
+    base = adamw(trainable(model))
+    optimizer = Selective(base, model, method, total_steps=4)
+    told = weakref.ref(optimizer)
+    nn.functional.cross_entropy(model(tokens()[:, :-1]).flatten(0, 1), tokens()[:, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    del optimizer
+    gc.collect()
+    assert told() is None
+    assert len(base.param_groups[0]["params"]) == len(list(model.parameters()))
+    assert all(p.requires_grad for p in model.parameters())
+    assert "zero_grad" not in vars(model)
+    Selective(adamw(trainable(model)), model, method).close()

@@ -297,17 +297,33 @@ def test_a_group_that_is_added_later_trains_beside_what_is_selected(names: bool)
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
-def test_a_group_of_what_is_held_back_is_refused_at_the_next_step() -> None:
+def test_a_group_of_what_is_held_back_is_refused_and_left_out_again() -> None:
     module, optimizer, owner = owned()
     select(owner, module, 1)
+    extra = model(1)
+    optimizer.add_param_group({"params": list(extra.parameters())})
     optimizer.add_param_group({"params": list(module[0].parameters())})
     before = [p.detach().clone() for p in module.parameters()]
-    module(torch.ones(2, 3)).sum().backward()
+    nn.Sequential(module, extra)(torch.ones(2, 3)).sum().backward()
     with pytest.raises(
-        ValueError, match=r"`add_param_group\(...\)` was given 2 .* shape \(3, 3\), that a selection holds"
+        ValueError, match=r"`add_param_group\(...\)` was given 2 .* shape \(3, 3\), that have their place"
     ):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert len(optimizer.param_groups) == 2
+    step(nn.Sequential(module, extra), optimizer)
+    owner.release("a")
+    assert [len(group["params"]) for group in optimizer.param_groups] == [8, 2]
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_selection_covers_what_was_added_before_it() -> None:
+    _, optimizer, owner = owned()
+    extra = model(1)
+    optimizer.add_param_group({"params": list(extra.parameters())})
+    owner.claim("b", named(extra), "drop", None)
+    owner.select("b", [])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [8, 0]
 
 
 def test_a_checkpoint_with_an_added_group_is_taken_in_where_it_was_added_again() -> None:

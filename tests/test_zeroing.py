@@ -50,11 +50,20 @@ def trained(name: str, zero: Callable[[Any, Any], None]) -> dict[str, Tensor]:
     return weights(model)
 
 
+def model_under(name: str) -> nn.Module:
+    """A model while a selection is at work on it."""
+    make, dtype = METHODS[name]
+    model = Net(dropout=0.0).to(dtype)
+    model.kept = Selective(adamw(trainable(model)), model, make(), total_steps=6)  # type: ignore[assignment]
+    return model
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_model_frees_what_the_optimizer_frees(name: str, set_to_none: bool) -> None:
     expected = trained(name, lambda optimizer, model: optimizer.zero_grad())
     assert_equal(trained(name, lambda optimizer, model: model.zero_grad(set_to_none)), expected)
+    assert ("zero_grad" in vars(model_under(name))) == (name != "layers")
     if name in ("masters", "entries"):  # the module's own method is not enough
         kept = trained(name, lambda optimizer, model: nn.Module.zero_grad(model))
         assert any(not torch.equal(kept[key], value) for key, value in expected.items())
@@ -103,7 +112,7 @@ def test_a_copy_of_the_model_has_its_class_s_own() -> None:
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_several_selections_end_in_any_order(order: tuple[int, int]) -> None:
     model, told = nn.Linear(1, 1), []
-    stands = [ZeroGrad(model, lambda _, i=i: told.append(i)) for i in (0, 1)]  # type: ignore[misc]
+    stands = [ZeroGrad(model, lambda *_, i=i: told.append(i)) for i in (0, 1)]  # type: ignore[misc]
     model.zero_grad()
     assert sorted(told) == [0, 1]
     stands[order[0]].detach()
@@ -113,3 +122,72 @@ def test_several_selections_end_in_any_order(order: tuple[int, int]) -> None:
     model.zero_grad()
     assert len(told) == 3
     assert "zero_grad" not in vars(model)
+
+
+def test_a_part_frees_its_own_gradients_alone() -> None:
+    features, head = nn.Linear(4, 4), nn.Linear(4, 1)
+    optimizer = Selective(adamw([*features.parameters(), *head.parameters()]), features, Random(0.5))
+    before = [p.detach().clone() for p in (*features.parameters(), *head.parameters())]
+    head(features(torch.ones(2, 4))).sum().backward()
+    features.zero_grad()
+    optimizer._unchecked = False  # a first step without gradients is an error, which is not what this is about
+    optimizer.step()
+    still = [torch.equal(a, b) for a, b in zip(before, (*features.parameters(), *head.parameters()), strict=True)]
+    assert still == [True, True, False, False]
+    optimizer.close()
+
+
+def test_two_selections_on_one_optimizer_free_their_own() -> None:
+    parts = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    base = adamw([p for part in parts for p in part.parameters()])
+    first, second = (Selective(base, part, Random(0.5)) for part in parts)
+    parts[1](parts[0](torch.ones(2, 4))).sum().backward()
+    parts[0].zero_grad()
+    for part, freed in zip(parts, (True, False), strict=True):
+        assert all((first.owner.narrow(p).leaf.grad is None) is freed for p in part.parameters())
+    second.close()
+    first.close()
+
+
+def test_what_a_user_put_there_is_called_and_comes_back() -> None:
+    class Odd(nn.Linear):
+        def zero_grad(self) -> None:  # type: ignore[override]
+            told.append("class")
+
+    told: list[str] = []
+    odd = Odd(2, 2)
+    stands = ZeroGrad(odd, lambda *_: told.append("ours"))
+    odd.zero_grad()
+    assert told == ["ours", "class"]
+    stands.detach()
+    mine = lambda *_: told.append("instance")  # noqa: E731
+    odd.zero_grad = mine  # type: ignore[method-assign, assignment]
+    stands = ZeroGrad(odd, lambda *_: told.append("ours"))
+    odd.zero_grad()
+    assert told[2:] == ["ours", "instance"]
+    stands.detach()
+    assert odd.zero_grad is mine  # type: ignore[comparison-overlap]
+
+
+def test_a_whole_batch_can_be_thrown_away_at_a_step_that_selects_by_gradients() -> None:
+    model = Net(dropout=0.0)
+    optimizer = Selective(adamw(trainable(model)), model, ID3(60, max_steps=3), total_steps=6)
+    batches = torch.stack(list(tokens(8))).split(4)
+    loss_of(model, batches[0]).backward()
+    optimizer.zero_grad()
+    loss_of(model, batches[1]).backward()
+    kept = optimizer.selection.bound.tensors  # type: ignore[attr-defined]
+    found = [optimizer.owner.narrow(p) for p in kept]
+    expected = copy.deepcopy(model)
+    expected.requires_grad_(True)
+    loss_of(expected, batches[1]).backward()
+    names = {id(p): name for name, p in model.named_parameters()}
+    twins = dict(expected.named_parameters())
+    for p, store in zip(kept, found, strict=True):
+        if len(store.index):
+            grad = twins[names[id(p)]].grad
+            assert grad is not None
+            assert store.leaf.grad is not None
+            torch.testing.assert_close(store.leaf.grad, grad.view(-1)[store.index.long()], rtol=1e-4, atol=1e-6)
+    optimizer.step()
+    optimizer.close()
