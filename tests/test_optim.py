@@ -15,6 +15,7 @@ from torch import nn, optim
 from toys import Net, Task, adamw, fit, loader, lora_net, moved, tokens, trainable, two_groups, weights
 
 import apportion
+from apportion import clips
 from apportion.callbacks import FISH, HFT, IST, LISA, BAdam, Random
 from apportion.optim import Selective
 
@@ -239,12 +240,18 @@ def test_plain_modules_work_without_lightning() -> None:
     assert optimizer.selection.history.masks.sum(1).tolist() == [2] * 6
 
 
-@pytest.mark.parametrize(("probe", "error"), [(None, ValueError), (lambda: 1 / 0, ZeroDivisionError)])
-def test_a_wrapper_that_cannot_be_made_leaves_nothing_behind(probe: Any, error: type[Exception]) -> None:
+@pytest.mark.parametrize("when", ["choosing", "interrupted"])
+def test_a_wrapper_that_cannot_be_made_leaves_nothing_behind(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     model = Net(dropout=0.0)
     base = adamw(trainable(model))
-    with pytest.raises(error):
-        Selective(base, model, FISH(0.3), probe=probe)
+    if when == "interrupted":
+        monkeypatch.setattr(clips, "in_loop", interrupted)
+    with pytest.raises(ValueError if when == "choosing" else KeyboardInterrupt):
+        Selective(base, model, FISH(0.3) if when == "choosing" else Random(0.1))  # FISH has no batches here
+    monkeypatch.undo()
     assert not base._optimizer_step_pre_hooks
     assert "zero_grad" not in vars(model)
     assert not any("forward" in vars(m) for m in model.modules())
