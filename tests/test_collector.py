@@ -117,9 +117,10 @@ def test_more_backward_passes_than_announced_are_an_error_up_to_the_step() -> No
 
 def test_reentrant_checkpointing_of_a_weight_that_is_used_twice_is_an_error_with_advice() -> None:
     model = Everything(checkpointing="reentrant")
-    Selective(adamw(model.parameters()), model, growing(), total_steps=4)
+    optimizer = Selective(adamw(model.parameters()), model, growing(), total_steps=4)
     with pytest.raises(RuntimeError, match=r"got more gradient.*use_reentrant=False"):
         backward(model, windows(1)[0])
+    optimizer.close()
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
