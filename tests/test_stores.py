@@ -116,10 +116,11 @@ def test_a_full_precision_copy_of_a_layer_and_entries_of_it_are_refused(first: s
     whole = SelectiveTuning(Layers(), Uniform(), Constant(2), Cycle(), Freeze(master="fp32"))
     entries = of_candidates(net, drawn(net), Entries(pattern=r"layers\.3", head="freeze"))
     one, two = (entries, whole) if first == "entries" else (whole, entries)
-    Selective(base, net, one)
+    held = Selective(base, net, one)
     message = r"`SelectiveTuning@.*` selects entries of layers\.3\..*full-precision copy.*leave `master` out"
     with pytest.raises(ValueError, match=message):
         Selective(base, net, two)
+    held.close()
 
 
 def test_two_selections_of_entries_share_a_model_tensor_by_tensor() -> None:
@@ -180,7 +181,8 @@ def test_moments_of_entries_wait_while_their_layer_is_frozen_and_go_on_afterward
     net: Any = lora_net(dropout=0.0)
     params = trainable(net)
     base = optim.AdamW(params, lr=1e-2)
-    owner = Selective(base, net, of_candidates(net, drawn(net, 0.5))).owner
+    optimizer = Selective(base, net, of_candidates(net, drawn(net, 0.5)))  # one that is dropped ends
+    owner = optimizer.owner
     covered = {name: p for name, p in net.named_parameters() if p in owner.slots}
     owner.claim("layers", covered, "keep", None)
     p = params[0]
@@ -276,7 +278,8 @@ def test_a_checkpoint_holds_the_moments_of_entries_whose_layer_is_frozen() -> No
         covered = {name: p for name, p in net.named_parameters() if p.requires_grad}
         if order == "layers first":
             Owner.of([base]).claim("layers", covered, "keep", None)
-        owner = Selective(base, net, of_candidates(net, drawn(net, 0.5))).owner
+        optimizer = Selective(base, net, of_candidates(net, drawn(net, 0.5)))  # one that is dropped ends
+    owner = optimizer.owner
         if order == "entries first":
             owner.claim("layers", covered, "keep", None)
         return net, base, owner
