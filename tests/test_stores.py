@@ -272,14 +272,16 @@ def test_moments_that_are_dropped_take_the_ages_of_their_entries_along() -> None
 def test_a_checkpoint_holds_the_moments_of_entries_whose_layer_is_frozen() -> None:
     """In whichever order the two selections came."""
 
+    kept: list[Selective] = []  # one that is dropped ends
+
     def build(order: str) -> tuple[Any, optim.Optimizer, Owner]:
         net: Any = lora_net(dropout=0.0)
         base = optim.AdamW(trainable(net), lr=1e-2)
         covered = {name: p for name, p in net.named_parameters() if p.requires_grad}
         if order == "layers first":
             Owner.of([base]).claim("layers", covered, "keep", None)
-        optimizer = Selective(base, net, of_candidates(net, drawn(net, 0.5)))  # one that is dropped ends
-    owner = optimizer.owner
+        kept.append(Selective(base, net, of_candidates(net, drawn(net, 0.5))))
+        owner = kept[-1].owner
         if order == "entries first":
             owner.claim("layers", covered, "keep", None)
         return net, base, owner
