@@ -28,8 +28,8 @@ class Selective(Optimizer):
 
     The wrapper owns no state: param groups and optimizer state are the wrapped optimizer's, so schedulers and gradient
     scalers take it as they take any optimizer. Gradients are averaged over the ranks of a process group, if there is
-    one. A step that a gradient scaler skips is no step here; the callback counts it, as Lightning does. Keep the wrapper as
-    long as the training goes on: one that is dropped ends as if it were closed.
+    one. A step that a gradient scaler skips is no step here; the callback counts it, as Lightning does. Keep the
+    wrapper as long as the training goes on: one that is dropped ends as if it were closed.
 
     Args:
         optimizer: The optimizer, over every parameter that may ever train.
