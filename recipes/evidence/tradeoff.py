@@ -89,6 +89,8 @@ def table(records: Records, grid: str, task: str) -> list[str]:
 def picture(records: Records, grid: str, path: Path) -> bool:
     """Draws every method's points, joined from rate to rate; whether there was anything to draw.
 
+    Points that have learned nothing, whose measure on new text is no better than before, are left to the table.
+
     Args:
         records: The cells that were run.
         grid: Name of the grid.
@@ -100,7 +102,9 @@ def picture(records: Records, grid: str, path: Path) -> bool:
         return False
     figure = Figure(figsize=(6.4 * len(tasks), 5.2), layout="constrained")
     for axes, (task, found) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
-        _panel(axes, found)
+        start = before(records, grid, task)[0]
+        assert start is not None
+        _panel(axes, {key: [at for at in some if at.gained < start] for key, some in found.items()})
         axes.set_title(layout.tasks[task], fontsize=10)
         axes.set_xlabel(f"{layout.measures[0].title} (lower is better)", fontsize=9)
         axes.set_ylabel(f"{layout.measures[1].title} (lower is better)", fontsize=9)
