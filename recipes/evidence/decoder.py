@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from apportion.recipes.evidence.adapters import adapter
+from apportion.recipes.evidence.grid import OnDisk
 from apportion.recipes.evidence.methods import Method
 from apportion.recipes.evidence.pretrain import END, HELD_OUT, held_out
 from apportion.recipes.evidence.run import Prepared
@@ -72,33 +73,18 @@ TASKS: dict[str, Task] = {
 
 
 @dataclass
-class DecoderGrid:
-    """The grid of the decoder.
+class DecoderGrid(OnDisk):
+    """The grid of the decoder; see `apportion.recipes.evidence.grid.OnDisk`."""
 
-    Args:
-        data: The data folder.
-        model: Folder of the pre-trained model and its tokenizer.
-        steps: Optimizer steps of a run.
-        tasks: Its tasks.
-    """
-
-    data: Path
-    model: Path
-    steps: int = 150
     tasks: Mapping[str, Task] = field(default_factory=lambda: TASKS)
 
     name: str = "decoder"
     head: bool = False
     objective: str = "loss"
 
-    @property
-    def weights(self) -> Path:
-        """File of the decoder's weights."""
-        return self.model / "model.safetensors"
-
     def files(self, task: str) -> Sequence[Path]:
         """Training and test rows, and the text that shows what is forgotten."""
-        return [self.data / self.tasks[task].train, self.data / self.tasks[task].test, self.data / HELD_OUT]
+        return [*super().files(task), self.data / HELD_OUT]
 
     def reported(self, task: str) -> Sequence[str]:
         """The test rows, and the text that the model was never trained on but is of a kind that it knows."""

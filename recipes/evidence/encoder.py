@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.recipes.evidence.adapters import adapter
+from apportion.recipes.evidence.grid import OnDisk
 from apportion.recipes.evidence.methods import Method
 from apportion.recipes.evidence.model import TARGETS, PooledClassification
 from apportion.recipes.evidence.run import Prepared
@@ -18,33 +19,14 @@ BATCH = 16
 
 
 @dataclass
-class EncoderGrid:
-    """The grid of the encoder.
+class EncoderGrid(OnDisk):
+    """The grid of the encoder; see `apportion.recipes.evidence.grid.OnDisk`."""
 
-    Args:
-        data: The data folder.
-        model: Folder of the encoder.
-        steps: Optimizer steps of a run.
-        tasks: Its tasks.
-    """
-
-    data: Path
-    model: Path
-    steps: int = 150
     tasks: Mapping[str, Task] = field(default_factory=lambda: TASKS)
 
     name: str = "encoder"
     head: bool = True
     objective: str = "accuracy"
-
-    @property
-    def weights(self) -> Path:
-        """File of the encoder's weights."""
-        return self.model / "model.safetensors"
-
-    def files(self, task: str) -> Sequence[Path]:
-        """Training and test rows."""
-        return [self.data / self.tasks[task].train, self.data / self.tasks[task].test]
 
     def reported(self, task: str) -> Sequence[str]:
         """The test rows."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from apportion.report_groups import Spread
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, that of the normal is close."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(Spread):
     """A mean over seeds.
 
     Args:
@@ -22,19 +20,6 @@ class Estimate:
         >>> Estimate((1.0, 2.0, 3.0)).told(1)
         '2.0 ± 0.6'
     """
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Their mean."""
-        return statistics.fmean(self.values)
-
-    @property
-    def error(self) -> float | None:
-        """Standard error of the mean, s / sqrt(n); None for one value."""
-        n = len(self.values)
-        return statistics.stdev(self.values) / math.sqrt(n) if n > 1 else None
 
     def told(self, digits: int, sign: bool = False) -> str:
         """Mean ± standard error; the mean alone where one seed was run."""
