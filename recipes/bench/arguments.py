@@ -1,9 +1,14 @@
-"""The command line that all parts of the benchmark have in common."""
+"""What all parts of the benchmark have in common: the command line that they read and the file that they write."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 
 def parser(part: str, about: str | None) -> argparse.ArgumentParser:
@@ -22,3 +27,18 @@ def parser(part: str, about: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, default=Path("results"), help=f"folder for {part}.json")
     return made
+
+
+def write(out: Path, part: str, result: Mapping[str, Any], shown: Sequence[str] = ()) -> None:
+    """Writes the figures of a part, and prints its page.
+
+    Args:
+        out: Folder, made if it is missing.
+        part: Its name.
+        result: The figures.
+        shown: Lines of Markdown.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{part}.json").write_text(json.dumps(result, indent=2) + "\n")
+    if shown:
+        Console().print("\n".join(shown), highlight=False, soft_wrap=True, markup=False)

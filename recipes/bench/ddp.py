@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apportion.callbacks import LISA
 from apportion.optim import Selective
-from apportion.recipes.bench.arguments import parser
+from apportion.recipes.bench.arguments import parser, write
 from apportion.recipes.bench.entry_bars import DECAY, LR, Size, backward
 from apportion.recipes.bench.field import quiet
 from apportion.recipes.bench.scale import fixed
@@ -232,9 +232,7 @@ def main(
         passed = all(row["bytes"] <= BAR * row["floor"] + _FLAGS for row in rows)
         size = {"model": plan.size.label, "tokens": plan.size.tokens}
         result |= {"run": True, "passed": passed, **size, "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ddp.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print("\n".join(section(result)), highlight=False, soft_wrap=True, markup=False)
+    write(options.out, "ddp", result, section(result))
     return 1 if result["passed"] is False else 0
 
 

@@ -14,7 +14,6 @@ left out if that fails. LIFT's refresh by subspace iteration is held to an exact
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
@@ -28,7 +27,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from apportion.recipes.bench.arguments import parser
+from apportion.recipes.bench.arguments import parser, write
 from apportion.recipes.bench.entry_bars import Size, memory
 from apportion.recipes.bench.entry_rivals import fetched, refresh, selection_step
 from apportion.recipes.bench.entry_times import capture, step_time
@@ -229,9 +228,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
         "seconds": round(time.monotonic() - start),
         **figures,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "entries.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print("\n".join(section(result)), highlight=False, soft_wrap=True, markup=False)
+    write(out, "entries", result, section(result))
     return 1 if False in result["passed"].values() else 0
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from apportion.recipes.bench import gpu_cells, gpu_run, gpu_step, gpu_table
-from apportion.recipes.bench.arguments import parser
+from apportion.recipes.bench.arguments import parser, write
 from apportion.recipes.bench.field import hushed
 from apportion.recipes.bench.gpu_cells import METHODS, Cell
 
@@ -142,9 +142,7 @@ def main(arguments: Sequence[str] | None = None, run: RunCell = in_process) -> i
 
 
 def _told(out: Path, result: dict[str, Any]) -> int:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print("\n".join(gpu_table.section(result)), highlight=False, soft_wrap=True, markup=False)
+    write(out, "gpu", result, gpu_table.section(result))
     return 1 if result["passed"] is False else 0
 
 

@@ -14,7 +14,6 @@ not in the figure.
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
@@ -33,7 +32,7 @@ from apportion.fake import FakeRun
 from apportion.ledger import Parts
 from apportion.memory import Tracker
 from apportion.optim import Selective
-from apportion.recipes.bench.arguments import parser
+from apportion.recipes.bench.arguments import parser, write
 from apportion.recipes.shapes import Shape, config_of
 
 _GIB, _MIB = 2**30, 2**20
@@ -200,9 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cpu_seconds": round(time.process_time()),
         **bars,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print("\n".join(section(result)), highlight=False, soft_wrap=True, markup=False)
+    write(out, "memory", result, section(result))
     return 0 if result["lisa"]["passed"] and result["ist"]["passed"] else 1
 
 

@@ -10,7 +10,6 @@ groups puts on the optimizer.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from apportion.callbacks import HFT, LISA, RST, BAdam
 from apportion.driver import SelectiveTuning
-from apportion.recipes.bench.arguments import parser
+from apportion.recipes.bench.arguments import parser, write
 
 HOOKS = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
 METHODS: dict[str, Callable[[], SelectiveTuning]] = {
@@ -182,9 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed = all(took["hooks_share"] <= BAR and took["step_ms"] >= 300.0 for took in figures.values())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     report = {"torch": torch.__version__, "python": platform.python_version(), "device": device, "bar": BAR}
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**report, "passed": passed, "methods": figures}, indent=2)
-    (options.out / "overhead.json").write_text(text + "\n")
+    write(options.out, "overhead", {**report, "passed": passed, "methods": figures})
     return 0 if passed else 1
 
 

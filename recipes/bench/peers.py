@@ -15,7 +15,6 @@ holds no more than two moments for each entry of the last selection.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from apportion.memory import Tracker
 from apportion.recipes.bench import peers_entries, peers_layers
-from apportion.recipes.bench.arguments import parser
+from apportion.recipes.bench.arguments import parser, write
 from apportion.recipes.bench.entry_bars import Size
 from apportion.recipes.bench.field import Contender, Rival, Trained, hushed, plain, whole
 
@@ -251,9 +250,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
         "passed": passed,
         "rows": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "peers.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print("\n".join(section(result)), highlight=False, soft_wrap=True, markup=False)
+    write(options.out, "peers", result, section(result))
     return 0 if passed else 1
 
 

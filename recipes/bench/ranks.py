@@ -12,7 +12,6 @@ were built with those ranks.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
@@ -30,7 +29,7 @@ from apportion.callbacks import AdaLoRA
 from apportion.kinds import stage_of
 from apportion.optim import Selective
 from apportion.owner import Owner
-from apportion.recipes.bench.arguments import parser
+from apportion.recipes.bench.arguments import parser, write
 
 BAR, MEMORY_BAR = 0.30, 0.02
 BARRED = 12  # the rank that the bar is for; at 32 matrix products are most of it, of which the penalty has two of three
@@ -245,9 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
     report = {"torch": torch.__version__, "python": platform.python_version(), "device": device}
     bars = {"bar": BAR, "bar_rank": BARRED, "memory_bar": MEMORY_BAR, "passed": passed}
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**report, **bars, "time": times, "memory": weighed}, indent=2)
-    (options.out / "ranks.json").write_text(text + "\n")
+    write(options.out, "ranks", {**report, **bars, "time": times, "memory": weighed})
     return 0 if passed else 1
 
 

@@ -13,7 +13,6 @@ LoRA of as many entries.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
@@ -35,7 +34,7 @@ from torch.utils.data import DataLoader
 from apportion import delta
 from apportion.callbacks import LISA, Random
 from apportion.optim import Selective
-from apportion.recipes.bench.arguments import parser
+from apportion.recipes.bench.arguments import parser, write
 from apportion.recipes.bench.entry_bars import LR, Size, adamw, backward
 from apportion.recipes.bench.field import hushed, loss_of, matrices
 from apportion.recipes.bench.peers_entries import drawn
@@ -212,9 +211,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
         "python": platform.python_version(),
     }
     result = {**versions, "model": plan.size.label, "passed": passed, "resume": rows, "files": weighed}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "resume.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print("\n".join(section(result)), highlight=False, soft_wrap=True, markup=False)
+    write(out, "resume", result, section(result))
     return 0 if passed else 1
 
 

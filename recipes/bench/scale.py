@@ -12,7 +12,6 @@ same bytes, as `tests/test_estimate.py` holds it to. Times are real, on few toke
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
@@ -38,7 +37,7 @@ from apportion.estimate import estimate
 from apportion.fake import FakeRun
 from apportion.memory import Tracker
 from apportion.optim import Selective
-from apportion.recipes.bench.arguments import parser
+from apportion.recipes.bench.arguments import parser, write
 from apportion.recipes.bench.entry_bars import UNITS, Size, adamw, backward, trainable
 from apportion.recipes.bench.entry_rivals import watched
 from apportion.recipes.bench.entry_times import take_turns
@@ -256,9 +255,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
         "passed": passed,
         **found,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scale.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print("\n".join(section(result)), highlight=False, soft_wrap=True, markup=False)
+    write(out, "scale", result, section(result))
     return 0 if passed else 1
 
 
