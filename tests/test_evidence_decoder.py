@@ -12,9 +12,11 @@ from transformers import LlamaForCausalLM
 from apportion.recipes.evidence import cli as evidence
 from apportion.recipes.evidence.adapters import RANK
 from apportion.recipes.evidence.cells import Cell, Records
-from apportion.recipes.evidence.decoder import TASKS, DecoderGrid, batch, descriptions, load, rows
+from apportion.recipes.evidence.decoder import TASKS, DecoderGrid, batch, descriptions, instructions, load, rows
 from apportion.recipes.evidence.pretrain import BLOCK, END, HELD_OUT, PROSE, blocks, byte_pairs, held_out, pretrain
 from apportion.recipes.evidence.run import measure
+from apportion.recipes.evidence.sources import SOURCES
+from apportion.recipes.evidence.tables import LAYOUTS
 
 TINY = {"vocab_size": 300, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 MATRICES = 3 * (4 * (24 + 24) + 3 * (24 + 48))
@@ -107,6 +109,25 @@ class TestRows:
     def test_the_public_form_is_read(self, data: Path) -> None:
         first = descriptions(data / TASKS["e2e"].train)[0]
         assert first == ("name[The Mill], food[fish]\n=>", " A good place .")
+
+    def test_instructions_are_read_in_both_forms(self, tmp_path: Path) -> None:
+        one, two = {"input": "", "output": "Fish."}, {"input": "a river", "output": "Water."}
+        (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "Name it.", **some} for some in (one, two)]))
+        people = {"instruction": "Name it.", "instances": [one, two]}
+        (tmp_path / "people.jsonl").write_text(json.dumps(people) + "\n\n" + json.dumps(people))
+        expected = [
+            ("Instruction: Name it.\nAnswer:", " Fish."),
+            ("Instruction: Name it.\nInput: a river\nAnswer:", " Water."),
+        ]
+        assert instructions(tmp_path / "alpaca.json") == expected
+        assert instructions(tmp_path / "people.jsonl") == expected * 2
+
+    def test_every_task_has_a_source_and_a_title(self, model: Path, tmp_path: Path) -> None:
+        assert {key: task.title for key, task in TASKS.items()} == LAYOUTS["decoder"].tasks
+        for task in TASKS.values():
+            assert {file.partition("/")[0] for file in (task.train, task.test)} <= set(SOURCES)
+        with pytest.raises(FileNotFoundError, match=r"self_instruct/user.* in human_eval of github\.com/yizhongw"):
+            rows(TASKS["instructions"], tmp_path, model)
 
 
 @pytest.fixture(scope="module")

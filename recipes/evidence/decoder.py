@@ -20,6 +20,7 @@ from apportion.recipes.evidence.grid import OnDisk
 from apportion.recipes.evidence.methods import Method
 from apportion.recipes.evidence.pretrain import END, HELD_OUT, held_out
 from apportion.recipes.evidence.run import Prepared
+from apportion.recipes.evidence.sources import located
 from apportion.recipes.evidence.text import SPLIT_SEED, Batch, bucketed, sliced
 from apportion.recipes.tasks.module import CausalLM
 
@@ -66,9 +67,32 @@ def descriptions(path: Path) -> list[Pair]:
         return [(f"{row['mr']}\n=>", f" {row['ref']}") for row in csv.DictReader(file)]
 
 
+def instructions(path: Path) -> list[Pair]:
+    """Instructions with their answers: Alpaca's rows of a ``.json`` file, or Self-Instruct's of a ``.jsonl`` one."""
+    text = path.read_text(encoding="utf-8")
+    rows = (
+        [json.loads(line) for line in text.splitlines() if line.strip()]
+        if path.suffix == ".jsonl"
+        else json.loads(text)
+    )
+    found = []
+    for row in rows:
+        for instance in row.get("instances", [row]):
+            given = f"\nInput: {instance['input']}" if instance["input"] else ""
+            found.append((f"Instruction: {row['instruction']}{given}\nAnswer:", f" {instance['output']}"))
+    return found
+
+
 TASKS: dict[str, Task] = {
     "e2e": Task("E2E", "e2e/devset.csv", "e2e/testset_w_refs.csv", descriptions),
     "gsm8k": Task("GSM8K", "gsm8k/train.jsonl", "gsm8k/test.jsonl", arithmetic, size=4),
+    "instructions": Task(
+        "instructions",
+        "llamafactory_demo/alpaca_en_demo.json",
+        "self_instruct/user_oriented_instructions.jsonl",
+        instructions,
+        size=4,
+    ),
 }
 
 
@@ -148,9 +172,9 @@ def rows(task: Task, data: Path, model: Path) -> dict[str, list[Tokens]]:
             made.append(((*before, *after, end), len(before)))
         return [row for row in made if width(row) <= task.length]
 
-    test = task.read(data / task.test)
+    test = task.read(located(data, task.test))
     held = {prompt for prompt, _ in test}
-    train = [pair for pair in task.read(data / task.train) if pair[0] not in held]
+    train = [pair for pair in task.read(located(data, task.train)) if pair[0] not in held]
     draw = random.Random(SPLIT_SEED)
     prompts = sorted({prompt for prompt, _ in train})
     dev = set(draw.sample(prompts, min(task.most, len(prompts) // 4)))

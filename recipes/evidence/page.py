@@ -21,13 +21,14 @@ NOTES = f"""\
 Every figure is made from the cells beside this file by `python -m apportion.recipes.evidence tables`; each cell names
 its commit, versions, learning rate, files and their checksums, and the checksum of the weights that it began with.
 
-- Mean ± standard error over seeds {", ".join(map(str, SEEDS))}. The learning rate is the best of three on a dev split
-  carved from the training rows, by a seed that is not reported; while the best is the highest or the lowest, the search
-  goes one rate further, at most {WIDENINGS}. *Highest tried* and *lowest tried* mark an edge even so.
+- Mean ± standard error over those of the seeds {", ".join(map(str, SEEDS))} that were run. The learning rate is
+  the best of three on a dev split carved from the training rows, by a seed that is not reported; while the best is the
+  highest or the lowest, the search goes one rate further, at most {WIDENINGS}. *Highest tried* and *lowest tried* mark
+  an edge even so.
 - *Minus random*: the difference from random choice of the same unit, seed by seed: both see the same batches. *Better*
-  and *worse* mean that it is beyond the two-sided 95 % quantile of Student's t; with three seeds, 4.3 standard errors.
-  Of many such comparisons one in twenty would be there by chance. The seeds share one test set: its own sampling error
-  is not in the ±.
+  and *worse* mean that it is beyond the two-sided 95 % quantile of Student's t; with three seeds, 4.3 standard errors,
+  with five 2.8. Of many such comparisons one in twenty would be there by chance. The seeds share one test set: its own
+  sampling error is not in the ±.
 - The bar of LISA is two layers drawn once instead of again and again; that of OwLore is LISA, whose draws are uniform;
   that of BAdam one layer drawn anew at each turn; that of HFT half of the matrices without its balance. ID3, LIFT,
   SIFT, PaFI and SPT are held to random entries, IST to random layers, AdaLoRA to random ranks, IncreLoRA to ranks

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 
 from apportion.recipes.evidence.model import CACHE
-from apportion.recipes.evidence.sources import missing
+from apportion.recipes.evidence.sources import located
 from apportion.recipes.evidence.text import Batch
 from apportion.recipes.tasks.module import CausalLM
 
@@ -43,9 +43,7 @@ CONFIG = {
 
 def prose(data: Path, file: str) -> str:
     """The running text of one file of the data folder."""
-    path = data / file
-    if not path.is_file():
-        raise FileNotFoundError(missing(data, file))
+    path = located(data, file)
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".json":
         return text

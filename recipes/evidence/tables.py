@@ -70,9 +70,10 @@ LAYOUTS = {
         "on WikiText-2's test text, Tiny Shakespeare and PubMedQA's abstracts. Test loss: of the answers of the task's "
         "test rows, in nats per token. Forgotten: what the loss on WikiText-2's validation text, never trained on, has "
         "gained; read it beside the test loss, as what learns less also forgets less. E2E's test rows are harder than "
-        "its dev rows: they hold names that no training row holds. AdamW with weight decay 0.01, a linear schedule "
+        "its dev rows: they hold names that no training row holds. Instructions: trained on Alpaca's, tested on the "
+        "ones that people wrote for Self-Instruct. AdamW with weight decay 0.01, a linear schedule "
         "with 10 % warm-up, bf16-mixed, on a CPU; embeddings train in full tuning alone.",
-        {"e2e": "E2E", "gsm8k": "GSM8K"},
+        {"e2e": "E2E", "gsm8k": "GSM8K", "instructions": "instructions"},
         (
             Measure("test/loss", "test loss", "test loss in nats per token", False, digits=3),
             Measure("held_out/loss", "forgotten", "held-out loss gained", False, digits=4, change=True),

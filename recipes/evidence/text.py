@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from apportion.recipes.evidence.sources import missing
+from apportion.recipes.evidence.sources import located
 
 Batch = dict[str, Tensor]
 Row = tuple[tuple[str, ...], int]
@@ -113,9 +113,7 @@ def rows(task: Task, file: str, data: Path) -> list[Row]:
         FileNotFoundError: If it is missing.
         ValueError: If a row has no such column or class.
     """
-    path = data / file
-    if not path.is_file():
-        raise FileNotFoundError(missing(data, file))
+    path = located(data, file)
     found: list[Row] = []
     for number, row in enumerate(read(path), 1):
         if row.get(task.label) not in task.classes:
