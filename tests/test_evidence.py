@@ -382,10 +382,20 @@ class TestTables:
         put(tmp_path, "base", "e2e", "decoder", rate=0.0, test={1: metrics(3.0, 2.0)})
         put(tmp_path, "lift", "e2e", "decoder", rate=0.1, test={1: metrics(1.4, 4.0)})
         shown = told().split("## Gained and forgotten")[1]
-        assert "| LIFT | 0.01 | 2 | 1.600 | +0.6000 |\n| LIFT | 0.1 | 1 | 1.400 | +2.0000 |" in shown
+        assert "| LIFT | 0.01 | 2 | 1.600 | +0.6000 |  |\n| LIFT | 0.1 | 1 | 1.400 | +2.0000 |  |" in shown
         assert "| no fine-tuning |" not in shown
         assert (tmp_path / "decoder-both.png").stat().st_size > 5000
         assert "Gained" not in (tmp_path / "encoder.md").read_text()
+
+        for rate, one in ((1e-3, metrics(1.8, 2.2)), (1e-2, metrics(1.5, 2.8)), (3e-2, metrics(1.7, 3.0))):
+            put(tmp_path, "random_entries", "e2e", "decoder", rate=rate, test={1: one})
+        shown = told().split("## Gained and forgotten")[1]
+        # At 1.6 the line from (1.5, 0.8) to (1.8, 0.2) is at 0.6; at 1.4 there is none, and (1.7, 1.0) is behind it.
+        assert "| LIFT | 0.01 | 2 | 1.600 | +0.6000 | +0.0000 |\n" in shown
+        assert "| LIFT | 0.1 | 1 | 1.400 | +2.0000 | not reached |" in shown
+        assert "| random entries | 0.03 | 1 | 1.700 | +1.0000 |  |" in shown
+        put(tmp_path, "lift", "e2e", "decoder", rate=0.3, test={1: metrics(1.55, 5.0)})
+        assert "| LIFT | 0.3 | 1 | 1.550 | +3.0000 |  |" in told()  # worse than LIFT at 0.1 in both
 
     def test_a_change_at_another_rate_says_so(self, tmp_path: Path) -> None:
         def metrics(test: float, held: float) -> dict[str, float]:

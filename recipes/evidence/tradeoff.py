@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,7 +19,10 @@ from apportion.recipes.evidence.tables import LAYOUTS, Layout, before
 ABOUT = """\
 A higher learning rate learns more and forgets more, so two methods, each at the rate that suits it best on new text,
 differ in what they forget whatever they choose. One forgets less by its choice only where its points lie below those of
-the other at the same test loss."""
+the other at the same test loss. *Minus random there* is that distance, from the line that joins those points of its
+random counterpart that no other of them beats in both; it is given for points that no other of the same method beats in
+both, where that line reaches. *Not reached* means that no rate of random choice came to so low a test loss."""
+NEVER = "not reached"
 GREYS, BLUE, ORANGE = "#777777", "#0072B2", "#E69F00"
 
 
@@ -37,6 +41,46 @@ class Point:
     seeds: int
     gained: float
     forgotten: float
+
+
+def frontier(some: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both, by what is measured on new text, which is to be low.
+
+    Example:
+        >>> at = [Point(1e-3, 1, 3.0, 0.5), Point(1e-2, 1, 2.0, 1.0), Point(1e-1, 1, 2.5, 2.0)]
+        >>> [point.rate for point in frontier(at)]
+        [0.01, 0.001]
+    """
+    kept: list[Point] = []
+    for point in sorted(some, key=lambda p: (p.gained, p.forgotten)):
+        if not kept or point.forgotten < kept[-1].forgotten:
+            kept.append(point)
+    return kept
+
+
+def above(point: Point, some: Sequence[Point]) -> float | None:
+    """How far a point lies above the frontier of others, at the same measure on new text; negative below it.
+
+        f - (f_a + (f_b - f_a) (g - g_a) / (g_b - g_a))     between the neighbours a and b of g on the frontier
+
+    Args:
+        point: The point (g, f).
+        some: The others.
+
+    Returns:
+        None where the frontier does not reach.
+
+    Example:
+        >>> others = [Point(1e-3, 1, 3.0, 0.5), Point(1e-2, 1, 2.0, 1.5)]
+        >>> above(Point(1e-2, 1, 2.5, 1.25), others), above(Point(1e-2, 1, 1.9, 1.0), others)
+        (0.25, None)
+    """
+    line = frontier(some)
+    for a, b in pairwise(line):
+        if a.gained <= point.gained <= b.gained:
+            share = (point.gained - a.gained) / (b.gained - a.gained)
+            return point.forgotten - (a.forgotten + share * (b.forgotten - a.forgotten))
+    return None
 
 
 def has(layout: Layout) -> bool:
@@ -76,14 +120,24 @@ def table(records: Records, grid: str, task: str) -> list[str]:
     made = [
         f"### {LAYOUTS[grid].tasks[task]}: both, at every rate that was run",
         "",
-        f"| method | learning rate | seeds | {gain.title} | {loss.title} |",
-        "|---|---|---|---|---|",
+        f"| method | learning rate | seeds | {gain.title} | {loss.title} | minus random there |",
+        "|---|---|---|---|---|---|",
     ]
     for key, some in found.items():
+        bar = found.get(BY_KEY[key].bar or "", [])
+        best = frontier(some)
         for at in some:
+            beside = _beside(at, bar, loss.digits) if at in best else ""
             shown = f"{at.gained:.{gain.digits}f} | {at.forgotten:+.{loss.digits}f}"
-            made.append(f"| {BY_KEY[key].title} | {at.rate:g} | {at.seeds} | {shown} |")
+            made.append(f"| {BY_KEY[key].title} | {at.rate:g} | {at.seeds} | {shown} | {beside} |")
     return [*made, ""]
+
+
+def _beside(at: Point, bar: Sequence[Point], digits: int) -> str:
+    found = above(at, bar)
+    if found is not None:
+        return f"{found:+.{digits}f}"
+    return NEVER if len(bar) > 1 and at.gained < min(point.gained for point in bar) else ""
 
 
 def picture(records: Records, grid: str, path: Path) -> bool:
