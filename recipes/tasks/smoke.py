@@ -46,6 +46,7 @@ _MOST = {
     **dict.fromkeys(("max_steps", "finish"), STEPS),
     "min_side": 8,
 }
+_LEAST = {"matrices": 5}  # that grow at a time: few steps have to reach the budget
 _COUNTS = ("budget", "amount", "target", "tau")  # of entries or ranks of the large model
 _SHARE = 0.05
 _RANKS = ("r", "init_r", "target_r")
@@ -161,7 +162,8 @@ def _fitting(node: Mapping[Any, Any], key: str, value: Any) -> Any:
         return min(value, 4)
     if key in _COUNTS and value > STEPS:
         return 2000 if str(node.get("_target_")).endswith(".SPT") and key == "target" else _SHARE
-    return min(value, _MOST.get(key, value))
+    most = min(value, _MOST.get(key, value))
+    return max(most, _LEAST.get(key, most))
 
 
 def _trainer(trainer: Any) -> dict[str, Any]:
