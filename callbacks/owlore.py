@@ -53,7 +53,8 @@ class OwLore(SelectiveTuning):
         Its other half, low-rank gradients (GaLore, rank 256), is an optimizer and no part of this: give the Trainer
         one. The release reads scores from a file made beforehand; here they are measured on the model at hand. It never
         clears the moments of layers that are put back: ``state="keep"``. Its reversed mode gives the top layer
-        probability 0 and is left out. ``floor`` is ours.
+        probability 0 and is left out. ``floor`` is ours, and so is the default
+        of ``threshold``: the release's file of scores has 13 in its name.
         Not shown: the paper's scores with this implementation.
 
     References:

@@ -34,9 +34,9 @@ class SIFT(SelectiveTuning):
     Differences:
         The released code counts floor(rate n) + 1 entries of each tensor; here shares are rounded so that the total is
         spent exactly. There, the first batch is spent on the choice without training on it, weights change in the
-        middle of the next backward pass, the last update is never made, and decay shrinks increments; here the
-        first batch trains, and steps, decay and schedules are the optimizer's. Micro-batches of the first step count
-        as one batch. Its modules are a list; here ``pattern``.
+        middle of the next backward pass, the last update is never made, and decay acts on increments that are zero, so
+        that nothing decays; here the first batch trains, and steps, decay and schedules are the optimizer's.
+        Micro-batches of the first step count as one batch. Its modules are a list; here ``pattern``.
         With AdamW 20 bytes for each selected entry and one dense gradient at a time; at the first step all of them, if
         several micro-batches make a step.
         Not shown: the paper's scores with this implementation.

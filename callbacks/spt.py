@@ -61,10 +61,11 @@ class SPT(SelectiveTuning):
 
     Differences:
         The paper's threshold for an adapter is preset; the released code takes its cost over alpha with alpha 10, and
-        tries many tau for a target: ``target`` does the same, in 79 steps up to 1.6 times the target. Entries train in
-        place instead of as increments of a frozen weight; the scale of LoRA is 1, as released. There is no drop path
-        beside the adapters, and class tokens are candidates of the role they have here. Released results are the best
-        of several budgets; one budget is one run here.
+        tries many tau for a target: ``target`` does the same, in 79 steps up to 1.6 times the target. The released
+        scripts have alpha 10, ``vectors`` and a dropout of 0.1; the defaults here are the paper's alpha and neither.
+        Entries train in place instead of as increments of a frozen weight, and decay with it; the scale of LoRA is 1,
+        as released. There is no drop path beside the adapters, and class tokens are candidates of the role they have
+        here. Released results are the best of several budgets; one budget is one run here.
         Not shown: the paper's scores with this implementation.
 
     References:
