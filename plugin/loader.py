@@ -40,6 +40,10 @@ class StatefulLoader(DataLoader[Any]):
         generator: Seeds the worker processes; set anew from (seed, epoch) in every epoch.
         **kwargs: Of `torch.utils.data.DataLoader`: ``num_workers``, ``collate_fn``, ``pin_memory`` ...
 
+    Attributes:
+        limit: Batches of an epoch that are drawn at most, as Lightning's ``limit_train_batches``; None for all. With
+            ``weights``, the last step of such an epoch has fewer batches.
+
     Raises:
         TypeError: If ``dataset`` has no length.
         ValueError: If a sampler or batch sampler with an order of its own is handed in.
@@ -79,6 +83,7 @@ class StatefulLoader(DataLoader[Any]):
             raise ValueError(f"`StatefulLoader(window={window})` must be at least 1: it is a number of batches.")
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.lengths, self.weights, self.window = lengths, weights, window
+        self.limit: int | None = None
         self.order = Order(len(dataset), batch_size, shuffle, seed, drop_last, rank, world, lengths)
         super().__init__(
             dataset,
@@ -106,6 +111,8 @@ class StatefulLoader(DataLoader[Any]):
         assert self.weights is not None
         drawn = itertools.islice(self.order.all(), self.order.total * self.order.stride)
         weights = [self.weights[i] for i in drawn]
+        if self.limit is not None:
+            del weights[self.limit * self.order.stride :]
         size = self.window * self.order.stride
         for batch in itertools.count(self.order.batches):
             start = batch // self.window * size

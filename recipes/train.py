@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from apportion.recipes.sweeps import sweep
+from apportion.recipes.sweeps.clock import Clock
 from apportion.recipes.sweeps.processes import guard
 from apportion.recipes.tasks.smoke import smoke
 
@@ -57,20 +57,23 @@ def train(cfg: DictConfig) -> float:
     guard(trainer, cfg.objective or module.objective, cfg)
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    started = time.perf_counter()
+    clock, named = Clock(), cfg.objective or module.objective
+    trainer.callbacks += [clock, Logged(named)]  # type: ignore[attr-defined]
+    clock.start()
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
-    seconds = time.perf_counter() - started
+    clock.stop()
     metrics = evaluate(trainer, module, data, cfg.test)
-    objective = score(metrics, cfg.objective or module.objective)
     if trainer.is_global_zero:
         for name, callback in callbacks.items():
             save_history(folder / "history" / f"{name}.json", callback)
-        # Last: a sweep takes the job for done as soon as this file is whole.
-        named = {"recipe": cfg.get("recipe"), "smoke": bool(cfg.get("smoke"))}
-        told = {"metrics": metrics, "objective": objective, **named, **facts(trainer, module, seconds)}
-        write(folder / "metrics.json", told)
+        # Last: a sweep takes the job for done as soon as this file is whole, and has its objective.
+        about = {"recipe": cfg.get("recipe"), "smoke": bool(cfg.get("smoke"))}
+        reached = {"objective": metrics[named]} if named in metrics else {}
+        write(
+            folder / "metrics.json", {"metrics": metrics, **reached, **about, **facts(trainer, module, clock.seconds)}
+        )
         show(metrics, folder)
-    return objective
+    return score(metrics, named)
 
 
 def evaluate(
@@ -109,7 +112,7 @@ def pieces(config: Mapping[str, Any] | None, group: str) -> dict[str, Any]:
     return made
 
 
-def score(metrics: Mapping[str, float], objective: str) -> float:
+def score(metrics: Mapping[str, Any], objective: str) -> float:
     """The objective among the metrics.
 
     Raises:
@@ -120,8 +123,24 @@ def score(metrics: Mapping[str, float], objective: str) -> float:
     return float(metrics[objective])
 
 
+class Logged(pl.Callback):
+    """Ends a run whose objective is none of what validation logs, at the first validation.
+
+    Args:
+        objective: The metric that the run is to return; one that only the test logs is not known before.
+    """
+
+    def __init__(self, objective: str) -> None:
+        self.objective = objective
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks for it; the check before the first step is a validation too."""
+        if self.objective.startswith("val/") and trainer.state.fn == "fit":
+            score(trainer.callback_metrics, self.objective)
+
+
 def facts(trainer: pl.Trainer, module: nn.Module, seconds: float) -> dict[str, Any]:
-    """Counts and times that belong beside the metrics; ``seconds`` is the whole fit with its validation."""
+    """Counts and times that belong beside the metrics; ``seconds`` is all attempts of the fit with its validation."""
     return {
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,

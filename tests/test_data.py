@@ -283,6 +283,28 @@ def test_buckets_sort_evaluation_and_training_batches_by_length() -> None:
     assert padded[2] == padded[3] == 0  # 16 lengths, four texts of each
 
 
+def test_the_first_batches_of_a_bucketed_evaluation_are_not_the_shortest() -> None:
+    rows = [{"text": "x" * (1 + 7 * i % 61), "label": 0} for i in range(63)]
+    data = TextClassificationData(rows, rows, batch_size=4, bucket=True)
+    data.setup("fit")
+    batches = list(data.val_dataloader())
+    widths = [batch["input_ids"].shape[1] for batch in batches]
+    assert widths != sorted(widths)
+    assert [len(batch["labels"]) for batch in batches] == [4] * 15 + [3]
+    lengths = sorted(length for batch in batches for length in batch["attention_mask"].sum(1).tolist())
+    assert lengths == sorted(len(row["text"]) + 1 for row in rows)
+    assert all(int((batch["attention_mask"] == 0).sum()) <= 4 * 4 for batch in batches)
+    assert widths == [batch["input_ids"].shape[1] for batch in data.val_dataloader()]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_that_is_named_must_have_rows(split: str, tmp_path: Path) -> None:
+    full, empty = write(tmp_path / "a.tsv", "text\tlabel\na\t0\n"), write(tmp_path / "b.tsv", "text\tlabel\n")
+    files = {"val": str(full), "test": None} | {split: str(empty)}
+    with pytest.raises(ValueError, match=r"b\.tsv: none of 0 rows"):
+        TextClassificationData(str(full), **files).setup("fit")
+
+
 def instructions(rows: list[dict[str, str]], **options: Any) -> InstructionData:
     settings = {"prompt": "{instruction}|{input}=", "prompt_alone": "{instruction}=", "length": 64} | options
     data = InstructionData(rows, rows, **settings)

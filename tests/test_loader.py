@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -186,6 +187,14 @@ def test_every_batch_is_told_the_mean_weight_of_its_optimizer_step(world: int) -
         total = sum(weights[i] for batch in step for i in batch["i"].tolist())
         assert {batch["weight"] for batch in step} == {total / (3 * world)}
     assert [batch["weight"] for batch in drawn(0, skip=4)] == [batch["weight"] for batch in ranks[0][4:]]
+
+
+def test_the_last_step_of_a_shortened_epoch_is_told_its_own_weight() -> None:
+    data = [{"i": torch.tensor(i)} for i in range(22)]
+    source = StatefulLoader(data, 2, weights=[1.0 + i for i in range(22)], window=3)
+    source.limit = 5
+    told = [batch["weight"] for batch in itertools.islice(source, 5)]
+    assert told == [sum(range(1, 7)) / 3] * 3 + [sum(range(7, 11)) / 3] * 2
 
 
 def test_lengths_weights_and_windows_that_cannot_be_are_refused() -> None:

@@ -24,6 +24,7 @@ from workers import RanksFailed, ranks
 
 from apportion.recipes.sweeps import sweep
 from apportion.recipes.sweeps.identity import identity
+from apportion.recipes.sweeps.inputs import changed, inputs
 from apportion.recipes.sweeps.objective import better, directed, direction, objective_of, settled
 from apportion.recipes.sweeps.processes import SameConfig, guard
 from apportion.recipes.train import train
@@ -76,10 +77,14 @@ def failing(cfg: DictConfig) -> float:
 
 def test_the_identity_knows_what_a_job_computes_and_not_how_it_is_run() -> None:
     one = identity(composed("callbacks=lisa"))
-    same = ["seed=0", "logger=none", "ckpt_path=/a/b.ckpt", "on_failure=continue", "hydra.sweep.dir=elsewhere"]
+    same = ["seed=0", "logger=none", "on_failure=continue", "hydra.sweep.dir=elsewhere"]
     assert all(identity(composed("callbacks=lisa", other)) == one for other in same)
     others = ["seed=1", "optimizer.lr=0.1", "callbacks.lisa.interval=3", "model.config.hidden_size=8", "callbacks=ist"]
-    assert len({one, *(identity(composed("callbacks=lisa", other)) for other in others)}) == 6
+    others += [
+        "ckpt_path=/a/b.ckpt",
+        "ckpt_path=/a/c.ckpt",
+    ]  # of another run: one's own is taken up without being named
+    assert len({one, *(identity(composed("callbacks=lisa", other)) for other in others)}) == 8
 
 
 def test_the_identity_is_the_same_tomorrow_and_in_another_folder() -> None:
@@ -106,7 +111,7 @@ def test_the_folder_of_a_job_is_its_identity() -> None:
 
 
 def begun(folder: Path, **files: Any) -> Path:
-    sweep.begin(folder, "mine")
+    sweep.begin(folder, "mine", {"/a/train.tsv": "12"})
     for name, content in files.items():
         (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
     return folder
@@ -147,6 +152,54 @@ def test_a_folder_of_another_config_is_refused_and_left_alone(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"another config.*Leave `hydra\.sweep\.subdir` alone"):
         sweep.standing(folder, "yours")
     assert sweep.standing(folder, "mine").done
+
+
+def test_a_job_is_not_done_with_other_data(tmp_path: Path) -> None:
+    folder = begun(tmp_path, metrics={"objective": 0.75})
+    assert sweep.standing(folder, "mine", data={"/elsewhere/train.tsv": "12"}).done
+    with pytest.raises(ValueError, match=r"begun with other data: /a/train\.tsv is not what it was"):
+        sweep.standing(folder, "mine", data={"/a/train.tsv": "34"})
+    (folder / "job.json").write_text('{"job": "mine"}')  # of a version that did not look
+    assert sweep.standing(folder, "mine", data={"/a/train.tsv": "34"}).done
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        ({"train": "{}/a.tsv", "val": "{}/b.tsv", "test": None}, ["a.tsv", "b.tsv"]),
+        ({"path": "{}", "train": "train", "val": "dev.tsv", "test": "test"}, ["train.tsv", "dev.tsv"]),
+        (
+            {"path": "{}", "name": "cola", "train": "train"},
+            ["cola/train-00-of-02.jsonl", "cola/train-01-of-02.jsonl", "train.tsv"],
+        ),
+        ({"path": "{}/a.tsv", "train": "train", "val": "b.tsv"}, ["a.tsv", "b.tsv", "train.tsv"]),
+        ({"path": "someone/something", "train": "train[:10]", "val": None}, []),
+        ({"train": [{"text": "a"}], "val": None}, []),
+    ],
+)
+def test_data_files_are_known_by_their_content(data: dict[str, Any], names: list[str], tmp_path: Path) -> None:
+    (tmp_path / "cola").mkdir()
+    for name in ("a.tsv", "b.tsv", "train.tsv", "dev.tsv", "cola/train-00-of-02.jsonl", "cola/train-01-of-02.jsonl"):
+        (tmp_path / name).write_text(name)
+    cfg = OmegaConf.create({"data": {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in data.items()}})
+    before = inputs(cfg)
+    assert sorted(before) == sorted(str(tmp_path / name) for name in names)
+    assert changed(before, inputs(cfg)) == []
+    for name in names[:1]:
+        (tmp_path / name).write_text("something else")
+        assert changed(before, inputs(cfg)) == [str(tmp_path / name)]
+
+
+def test_a_sweep_does_not_pass_over_a_job_whose_data_were_edited(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("text\tlabel\na\t0\n")
+    calls: list[DictConfig] = []
+    cfg, folder = launch("data=text_classification", f"data.train={tmp_path}/a.tsv", f"data.val={tmp_path}/a.tsv")
+    for _ in range(2):
+        sweep.run(finishing(folder, 0.5, calls), cfg)
+    assert len(calls) == 1
+    (tmp_path / "a.tsv").write_text("text\tlabel\nb\t1\n")
+    with pytest.raises(ValueError, match="other data"):
+        sweep.run(finishing(folder, 0.5, calls), cfg)
 
 
 # One job --------------------------------------------------------------------------------------------------------------

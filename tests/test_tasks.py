@@ -12,21 +12,24 @@ import pytorch_lightning as pl
 import torch
 import transformers
 from torch import nn
+from torchmetrics.classification import MulticlassMatthewsCorrCoef
 
-from apportion.recipes.tasks import packing
+from apportion.recipes.tasks import fits, packing
 from apportion.recipes.tasks.answering import QuestionAnswering, best_span
 from apportion.recipes.tasks.answers import Answer, continued
 from apportion.recipes.tasks.images import ImageData
 from apportion.recipes.tasks.instructions import InstructionData
-from apportion.recipes.tasks.module import CausalLM, ImageClassification, Majority, Seq2SeqLM, SequenceClassification
+from apportion.recipes.tasks.metrics import Majority, Matthews
+from apportion.recipes.tasks.module import CausalLM, ImageClassification, Seq2SeqLM, SequenceClassification
 from apportion.recipes.tasks.pairs import Seq2SeqData
 from apportion.recipes.tasks.spans import QuestionAnsweringData
-from apportion.recipes.tasks.text import TextClassificationData
+from apportion.recipes.tasks.text import CausalTextData, TextClassificationData
 from apportion.recipes.tasks.tokens import byte_tokenizer, load_tokenizer
 
 MakeTrainer = Callable[..., pl.Trainer]
 SIZES = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4}
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 BERT = {"model_type": "bert", "num_labels": 2, **SIZES, **HEADS}
 LLAMA = {"model_type": "llama", "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, **SIZES, **HEADS}
 T5 = {"model_type": "t5", "vocab_size": 384, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
@@ -107,6 +110,44 @@ def test_every_split_starts_counting_anew() -> None:
     assert majority.compute() == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "right", "value"),
+    [
+        ([1, 1, 1, 1], [1, 1, 1, 0], 0.0),  # always the same class
+        ([1, 0, 1, 0], [1, 1, 1, 1], 0.0),
+        ([1, 1], [1, 1], 0.0),
+        ([0, 1, 1, 0], [0, 1, 1, 0], 1.0),
+        ([1, 0, 0, 1], [0, 1, 1, 0], -1.0),
+    ],
+)
+def test_matthews_correlation_is_zero_without_a_spread(chosen: list[int], right: list[int], value: float) -> None:
+    matthews = Matthews(2)
+    matthews.update(torch.tensor(chosen), torch.tensor(right))
+    assert matthews.compute().item() == pytest.approx(value)
+
+
+def test_matthews_correlation_is_that_of_torchmetrics_elsewhere() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for classes in (2, 3, 6):
+        ours, theirs = Matthews(classes), MulticlassMatthewsCorrCoef(classes)
+        for _ in range(2):
+            chosen, right = torch.randint(classes, (2, 40), generator=draw)
+            ours.update(chosen, right)
+            theirs.update(chosen, right)
+        assert ours.compute().item() == pytest.approx(theirs.compute().item(), abs=1e-6)
+
+
+def test_metrics_are_exact_under_a_model_in_half_precision(quiet_trainer: MakeTrainer) -> None:
+    losses = [1.0 + (i % 3) for i in range(700)]  # a sum in bfloat16 would stop to grow at 512
+    batches = [{"labels": torch.tensor([1, 0, 1])} for _ in losses]
+    outputs = [{"loss": torch.tensor(v), "logits": torch.eye(2)[[1, 1, 1]]} for v in losses]
+    trainer = quiet_trainer(precision="bf16-true")
+    metrics = evaluated(SequenceClassification(config=BERT), batches, outputs, trainer)
+    assert metrics["val/loss"] == pytest.approx(sum(losses) / 700, rel=1e-5)
+    assert metrics["val/majority"] == pytest.approx(2 / 3)
+    assert metrics["val/accuracy"] == pytest.approx(2 / 3)
+
+
 def test_regression_has_correlations(quiet_trainer: MakeTrainer) -> None:
     module = SequenceClassification(regression=True, config=BERT | {"num_labels": 1})
     assert module.objective == "val/pearson"
@@ -140,6 +181,41 @@ def test_labels_are_held_against_the_model(quiet_trainer: MakeTrainer) -> None:
     images = [{"image": [[0]], "label": label} for label in (0, 3)]
     with pytest.raises(ValueError, match=r"row 2 holds the label 3 in column 'label', which must lie in \[0, 2\]"):
         quiet_trainer(max_steps=1).fit(ImageClassification(config=VIT), ImageData(images, images, size=8))
+
+
+def test_samples_are_held_against_the_model(quiet_trainer: MakeTrainer) -> None:
+    rows = [{"text": "x" * 30, "label": 0}, {"text": "y", "label": 1}]
+    short = SequenceClassification(config=BERT | {"max_position_embeddings": 16})
+    with pytest.raises(
+        ValueError, match=r"has 31 tokens, and the model has 16 positions: `data\.length` must be at most 16"
+    ):
+        quiet_trainer(max_epochs=1).fit(short, TextClassificationData(rows, rows))
+    quiet_trainer(max_epochs=1).fit(short, TextClassificationData(rows, rows, length=16))
+    few = SequenceClassification(config=BERT | {"vocab_size": 100})
+    with pytest.raises(ValueError, match=r"token 124 is none of the 100 of the model"):
+        quiet_trainer(max_epochs=1).fit(few, TextClassificationData(rows, rows))
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (transformers.BertConfig(**TINY, max_position_embeddings=40), 40),
+        (transformers.RobertaConfig(**TINY, max_position_embeddings=42, pad_token_id=1), 40),
+        (transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=40), 40),
+        (transformers.OPTConfig(**TINY, ffn_dim=32, max_position_embeddings=40), 40),
+        (transformers.LlamaConfig(**TINY), None),
+        (transformers.T5Config(vocab_size=64, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_learned_positions_are_all_that_a_model_can_read(config: Any, positions: int | None) -> None:
+    model = transformers.AutoModel.from_config(config)
+    assert fits.positions(model) == positions
+    assert fits.tokens(model) == 64
+    if positions is not None and config.model_type != "t5":
+        model(torch.full((1, positions), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, positions + 1), 5))
 
 
 def test_null_leaves_a_saved_configuration_alone(tmp_path: Path) -> None:
@@ -279,6 +355,50 @@ def test_every_token_of_an_accumulated_step_counts_the_same(task: str, quiet_tra
     # The first two steps of AdamW from equal gradients are equal, and so is what the later ones start from.
     for one, other in zip(whole, parts, strict=True):
         assert float((one - other).norm() / one.norm()) < 1e-4
+
+
+def test_the_last_step_of_a_shortened_epoch_has_fewer_tokens(quiet_trainer: MakeTrainer) -> None:
+    rows = [{"instruction": "q", "output": "a" * (1 + 5 * i % 14)} for i in range(14)]
+    data = InstructionData(rows, rows, batch_size=2, prompt_alone="{instruction}")
+    trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=2, limit_train_batches=3, limit_val_batches=0)
+    told: list[tuple[float, int]] = []
+
+    class Told(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            told.append((float(batch["weight"]), int(module.count(batch))))
+
+    trainer.callbacks.append(Told())  # type: ignore[attr-defined]
+    trainer.fit(CausalLM(config=LLAMA), data)
+    (first, a), (second, b), (third, c) = told
+    assert first == second == (a + b) / 2
+    assert third == c / 2
+
+
+def test_a_scheduler_of_accumulation_is_refused(quiet_trainer: MakeTrainer) -> None:
+    changing = pl.callbacks.GradientAccumulationScheduler({0: 2})
+    with pytest.raises(ValueError, match=r"stays the same\. Use `trainer\.accumulate_grad_batches`"):
+        quiet_trainer(max_epochs=1, callbacks=[changing]).fit(CausalLM(config=LLAMA), facts())
+    rows = [{"text": "ab"[i % 2], "label": i % 2} for i in range(8)]
+    trainer = quiet_trainer(max_epochs=1, callbacks=[changing])
+    trainer.fit(SequenceClassification(config=BERT), TextClassificationData(rows, rows))  # samples count the same
+
+
+def test_answers_need_prompts(quiet_trainer: MakeTrainer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc " * 50)
+    data = CausalTextData(str(tmp_path / "a.txt"), str(tmp_path / "a.txt"), length=16)
+    with pytest.raises(ValueError, match=r"model\.answer=number.*no prompts"):
+        quiet_trainer(max_epochs=1).fit(CausalLM(config=LLAMA, answer="number"), data)
+
+
+def test_a_decoder_sorts_a_text_by_itself_whatever_stands_beside_it(quiet_trainer: MakeTrainer) -> None:
+    rows = [{"text": "ab" * (1 + 3 * (i % 5)), "label": i % 2} for i in range(20)]
+    module = SequenceClassification(config=LLAMA | {"num_labels": 2, "pad_token_id": 2})  # the tokenizer's is 0
+    losses = []
+    for size in (1, 4, 20):
+        data = TextClassificationData(rows, rows, batch_size=size)
+        (metrics,) = quiet_trainer().validate(module, data, verbose=False)
+        losses.append(metrics["val/loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 def test_without_accumulation_a_batch_is_told_nothing() -> None:

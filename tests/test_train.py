@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from running import trained
 
+from apportion.recipes.sweeps.clock import Clock
 from apportion.recipes.tasks.digits import DigitsData
 from apportion.recipes.tasks.module import CausalLM, ImageClassification, SequenceClassification
 from apportion.recipes.tasks.text import CausalTextData, TextClassificationData
@@ -54,6 +55,31 @@ def test_the_objective_can_be_another_metric(run: Callable[..., float], tmp_path
 def test_an_objective_that_was_not_logged_lists_those_that_were() -> None:
     with pytest.raises(ValueError, match=r"val/acc` was not logged; choose one of \['val/accuracy'\]"):
         score({"val/accuracy": 1.0}, "val/acc")
+
+
+def test_a_wrong_objective_ends_the_run_at_its_first_validation(run: Callable[..., float], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`objective=val/acc` was not logged; choose one of .*val/accuracy"):
+        run("objective=val/acc", "trainer.max_steps=2")
+    assert not list((tmp_path / "run").rglob("*.ckpt"))  # the check before the first step has found it
+
+
+def test_results_are_kept_if_the_objective_was_not_logged(run: Callable[..., float], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`objective=test/acc` was not logged"):
+        run("objective=test/acc", "trainer.max_steps=2")
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "test/accuracy" in written["metrics"]
+    assert "objective" not in written  # a sweep does not take it for done
+
+
+def test_seconds_are_those_of_all_attempts() -> None:
+    clock = Clock()
+    clock.load_state_dict({"seconds": 100.0})
+    clock.start()
+    assert 100.0 < clock.state_dict()["seconds"] < 101.0
+    clock.load_state_dict({"seconds": 200.0})  # Lightning restores it after the fit has begun
+    assert 200.0 < clock.seconds < 201.0
+    clock.stop()
+    assert clock.seconds == clock.seconds > 200.0
 
 
 def test_the_most_frequent_class_stands_beside_the_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-APART = ("hydra", "ckpt_path", "on_failure", "logger")
-"""Top-level keys that say how a job is run, watched or resumed, and not what it computes."""
+APART = ("hydra", "on_failure", "logger")
+"""Top-level keys that say how a job is run or watched, and not what it computes."""
 
 _OF_THE_RUN = re.compile(r"\$\{(hydra[:.]|now:|apportion\.job:)")
 

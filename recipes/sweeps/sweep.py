@@ -2,8 +2,8 @@
 
 The folder of a job under ``-m`` is its identity, a hash of its resolved config, so that a sweep that is launched again
 into the same ``hydra.sweep.dir`` finds what it has done already, also after seeds or methods were added to it, and an
-edited config has a folder of its own. ``job.json`` marks a folder as begun, ``metrics.json`` as done, ``failure.json``
-holds the error of a job that failed.
+edited config has a folder of its own. ``job.json`` marks a folder as begun, with the data files that were there then;
+``metrics.json`` as done; ``failure.json`` holds the error of a job that failed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import math
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from apportion.recipes.sweeps.identity import identity
+from apportion.recipes.sweeps.inputs import changed, inputs
 from apportion.recipes.sweeps.objective import directed, settled
 
 log = logging.getLogger(__name__)
@@ -45,18 +46,22 @@ class Standing:
     checkpoint: Path | None = None
 
 
-def standing(folder: Path, job: str, checkpoints: Path | None = None) -> Standing:
+def standing(
+    folder: Path, job: str, checkpoints: Path | None = None, data: Mapping[str, str] | None = None
+) -> Standing:
     """Reads how far a job has come.
 
     Args:
         folder: The run folder.
         job: Identity of the job that is about to run there.
         checkpoints: Where it keeps its checkpoints; None if it keeps none.
+        data: The data files of the job, by `inputs.inputs`; None to take them as they are.
 
     Raises:
-        ValueError: If the folder belongs to another job.
+        ValueError: If the folder belongs to another job, or to the same job with other data.
     """
-    begun = read(folder / "job.json").get("job")
+    told = read(folder / "job.json")
+    begun = told.get("job")
     if begun is None:
         return Standing()
     if begun != job:
@@ -64,6 +69,11 @@ def standing(folder: Path, job: str, checkpoints: Path | None = None) -> Standin
             f"{folder} holds the results of a job with another config: `hydra.sweep.subdir` gives two jobs of "
             f"`hydra.sweep.dir={folder.parent}` one folder. Leave `hydra.sweep.subdir` alone, so that every config has "
             "a folder of its own, or give another `hydra.sweep.dir`."
+        )
+    if new := changed(told.get("data", {}), data or {}) if "data" in told else []:
+        raise ValueError(
+            f"{folder} was begun with other data: {', '.join(new)} is not what it was then. Put the data back, give "
+            "another `hydra.sweep.dir`, or delete the folder to run its job anew."
         )
     results = read(folder / "metrics.json")
     if "objective" in results:
@@ -100,12 +110,13 @@ def run(train: Callable[[DictConfig], float], cfg: DictConfig) -> float:
             return train(cfg)
     direction = directed(hydra.sweeper, cfg.get("objective") or "")
     go_on = persistent(cfg.get("on_failure", "raise"))
+    job, data = identity(cfg), inputs(cfg)
     with claimed(folder):
-        found = standing(folder, identity(cfg), _checkpoints(cfg))
+        found = standing(folder, job, _checkpoints(cfg), data)
         if found.done:
             log.info("%s is done already: the objective is %s", folder, found.objective)
             return settled(found.objective, direction)
-        begin(folder, identity(cfg))
+        begin(folder, job, data)
         if found.checkpoint is not None:
             log.info("%s goes on from %s", folder, found.checkpoint)
             cfg.ckpt_path = str(found.checkpoint)
@@ -141,12 +152,12 @@ def _writes() -> bool:
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
-def begin(folder: Path, job: str) -> None:
-    """Marks a folder as that of ``job``, without an error of an earlier attempt."""
+def begin(folder: Path, job: str, data: Mapping[str, str]) -> None:
+    """Marks a folder as that of ``job`` on ``data``, without an error of an earlier attempt."""
     if _writes():
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / "job.json.new"
-        whole.write_text(json.dumps({"job": job}) + "\n", encoding="utf-8")
+        whole.write_text(json.dumps({"job": job, "data": dict(data)}) + "\n", encoding="utf-8")
         whole.replace(folder / "job.json")
         (folder / "failure.json").unlink(missing_ok=True)
 

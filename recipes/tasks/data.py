@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from apportion.loader import StatefulLoader
+from apportion.recipes.tasks import fits
 from apportion.recipes.tasks.columns import BadRow
 from apportion.recipes.tasks.formats import Row
 from apportion.recipes.tasks.source import SPLITS, Source, Split
@@ -56,7 +57,8 @@ class Samples(pl.LightningDataModule):
         """
         window, world = (self.trainer.accumulate_grad_batches, self.trainer.world_size) if self.trainer else (1, 1)
         counts = [self.tokens(sample) for sample in self.train] if window * world > 1 else []
-        return StatefulLoader(
+        self._refuse_windows_that_change()
+        loader = StatefulLoader(
             self.train,
             batch_size=self.batch_size,
             shuffle=True,
@@ -67,6 +69,19 @@ class Samples(pl.LightningDataModule):
             collate_fn=self.collate,
             num_workers=self.num_workers,
         )
+        if self.trainer:
+            limit = self.trainer.limit_train_batches
+            loader.limit = int(limit if isinstance(limit, int) else len(loader) * limit)
+        return loader
+
+    def _refuse_windows_that_change(self) -> None:
+        """Refuses a number of batches to a step that changes while the tokens of a step are to count the same."""
+        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
+        if any(hasattr(one, "scheduling") for one in callbacks) and self.train and self.tokens(self.train[0]):
+            raise ValueError(
+                "`GradientAccumulationScheduler`: the batches of a step are told how many tokens they have together, "
+                "for a number of batches that stays the same. Use `trainer.accumulate_grad_batches`."
+            )
 
     def tokens(self, sample: Sample) -> int | None:
         """Tokens that the loss of a sample is the mean of; None where each sample counts the same."""
@@ -77,20 +92,31 @@ class Samples(pl.LightningDataModule):
         return len(sample["input_ids"])
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches in the order of the file, or of their length."""
+        """Validation batches in the order of the file; samples of like length together, with ``bucket``."""
         return self._ordered(self.val)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches in the same order; the validation samples where no test file was given."""
-        return self._ordered(self.test or self.val)
+        return self._ordered(self.test or self.val)  # one without samples is refused at set-up
 
     def _ordered(self, samples: Sequence[Sample]) -> DataLoader[Any]:
         # A loader takes its workers' seed from the global random numbers unless it has a generator: evaluation must not
         # change what training draws next.
         generator = torch.Generator().manual_seed(self.seed)
         if self.bucket:
-            samples = sorted(samples, key=self.extent)
+            samples = self._bucketed(samples)
         return DataLoader(samples, batch_size=self.batch_size, collate_fn=self.collate, generator=generator)  # type: ignore[arg-type]
+
+    def _bucketed(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Samples of like length side by side, batch by batch in an order that says nothing of their length.
+
+        A Trainer may be told to look at the first batches only.
+        """
+        by_extent = sorted(samples, key=self.extent)
+        whole = len(by_extent) // self.batch_size
+        order = torch.randperm(whole, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        batches = [by_extent[i * self.batch_size : (i + 1) * self.batch_size] for i in (*order, whole)]
+        return [sample for batch in batches for sample in batch]
 
 
 class RowData(Samples):
@@ -156,10 +182,15 @@ class RowData(Samples):
         """The samples of a split as they are drawn."""
         return samples
 
-    def model_classes(self) -> int | None:
-        """Number of classes of the model that is being trained; None if there is none yet."""
+    def model_setting(self, name: str) -> int | None:
+        """A number of the configuration of the model that is being trained; None if there is none yet."""
+        found: int | None = getattr(getattr(self._model(), "config", None), name, None)
+        return found
+
+    def _model(self) -> Any:
+        """The transformers model that is being trained; None if there is none yet."""
         module = self.trainer.lightning_module if self.trainer else None
-        return getattr(getattr(getattr(module, "model", None), "config", None), "num_labels", None)
+        return getattr(module, "model", None)
 
     def _made(self, split: str, rows: Sequence[Row]) -> list[Sample]:
         made: list[Sample] = []
@@ -179,8 +210,10 @@ class RowData(Samples):
                 raise ValueError(f"{told}\nCorrect them, or leave them out: `data.bad_rows={len(wrong)}`.")
             warnings.warn(f"{told}\nThey are left out.", stacklevel=2)
         made = self.arrange(made, split)
-        if not made and (rows or split == "train"):
+        if not made and (rows or split == "train" or isinstance(getattr(self.source, split), str)):
             raise ValueError(f"{where}: none of {len(rows)} rows gives a sample.")
+        if (model := self._model()) is not None:
+            fits.check(model, made, where)
         return made
 
 

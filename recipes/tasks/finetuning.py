@@ -14,6 +14,8 @@ import transformers
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from apportion.recipes.tasks.metrics import Kept
+
 # Fresh parts of a model with a task, which an adapter must not leave as they are.
 _HEADS = ("classifier", "score", "qa_outputs", "classification_head")
 Optimizers = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -135,7 +137,7 @@ class FineTuning(pl.LightningModule):
     def keep(self, **metrics: Callable[[], Metric]) -> None:
         """Makes metrics for both splits, and the mean loss."""
         made = {"loss": MeanMetric, **metrics}
-        self.metrics = nn.ModuleDict(
+        self.metrics = Kept(
             {split: nn.ModuleDict({name: make() for name, make in made.items()}) for split in ("val", "test")}
         )
 
@@ -165,7 +167,7 @@ def build(auto: Any, path: str | None, config: Mapping[str, Any], dtype: str | N
     if "model_type" not in config:
         raise ValueError(
             "`model.path` is None and `model.config` has no `model_type`: give the folder of a saved model "
-            "(`model.path=/data/tinyllama`) or a whole configuration (`model.config.model_type=llama ...`)."
+            "(`model.path=/data/tinyllama`) or a whole configuration (`++model.config.model_type=llama ...`)."
         )
     settings = dict(config)
     model = auto.from_config(transformers.AutoConfig.for_model(settings.pop("model_type"), **settings))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,12 @@ def read(path: Path, columns: Sequence[str] | None = None) -> list[Row]:
 
     Args:
         path: ``.tsv`` or ``.txt`` (fields between tabs, quotes as they are), ``.csv``, ``.jsonl``, ``.json`` (an array,
-            one object per line, an object of named rows, or SQuAD's nested form), or ``.parquet``.
+            one object per line, an object of named rows, or rows or SQuAD's nested form under ``data``), or
+            ``.parquet``.
         columns: Names of the columns of a table that has no header; None to read them from its first line.
 
     Raises:
-        ValueError: If the ending is not known, or the file as a whole cannot be read.
+        ValueError: If the ending is not known, a table names a column twice, or the file as a whole cannot be read.
 
     Example:
         >>> import tempfile
@@ -85,8 +87,22 @@ def _row(place: str, values: Any, damaged: bool) -> Row:
     return Row(place, values)
 
 
-def _table(records: Iterator[tuple[int, list[str]]], columns: Sequence[str] | None, damaged: bool) -> list[Row]:
-    header = list(columns) if columns is not None else next(records, (0, []))[1]
+def _distinct(header: Sequence[str], where: str, way_out: str) -> None:
+    """Refuses a name that two columns have: one of them would be lost. Columns without a name are nobody's."""
+    for name, count in Counter(header).items():
+        if name and count > 1:
+            raise ValueError(f"{where}: {count} columns are named {name!r}: {way_out}.")
+
+
+def _table(
+    path: Path, records: Iterator[tuple[int, list[str]]], columns: Sequence[str] | None, damaged: bool
+) -> list[Row]:
+    if columns is not None:
+        header = list(columns)
+        _distinct(header, f"{path}, `data.columns={header}`", "give each a name of its own")
+    else:
+        first, header = next(records, (0, []))
+        _distinct(header, f"{path}, line {first}", "rename all but one there")
     rows = []
     for line, fields in records:
         place = f"line {line}"
@@ -101,7 +117,7 @@ def _table(records: Iterator[tuple[int, list[str]]], columns: Sequence[str] | No
 def _tsv(path: Path, columns: Sequence[str] | None) -> list[Row]:
     text = text_of(path)
     lines = enumerate((line.removesuffix("\r") for line in text.split("\n")), 1)
-    return _table(((i, line.split("\t")) for i, line in lines if line), columns, undecodable(text))
+    return _table(path, ((i, line.split("\t")) for i, line in lines if line), columns, undecodable(text))
 
 
 def _csv(path: Path, columns: Sequence[str] | None) -> list[Row]:
@@ -114,7 +130,13 @@ def _csv(path: Path, columns: Sequence[str] | None) -> list[Row]:
                 yield before + 1, fields
             before = reader.line_num  # a quoted field may run over several lines
 
-    return _table(records(), columns, undecodable(text))
+    # The limit on a field's length is the whole process's, so it is given back. No field is longer than the file.
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text)))
+    try:
+        return _table(path, records(), columns, undecodable(text))
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _jsonl(path: Path, columns: Sequence[str] | None = None) -> list[Row]:
@@ -142,8 +164,10 @@ def _json(path: Path, columns: Sequence[str] | None = None) -> list[Row]:
             return _jsonl(path)
         raise ValueError(f"{path}, line {error.lineno}: is no JSON: {error.msg}.") from error
     if isinstance(content, Mapping):
-        if isinstance(content.get("data"), list):
-            return list(_squad(content["data"]))
+        if isinstance(data := content.get("data"), list):
+            if any(isinstance(item, Mapping) and "paragraphs" in item for item in data):
+                return list(_squad(data, damaged))
+            return [_row(f"row {i}", item, damaged) for i, item in enumerate(data, 1)]
         if content and all(isinstance(value, Mapping) for value in content.values()):
             return [_row(f"entry {key!r}", {"id": key, **value}, damaged) for key, value in content.items()]
     raise ValueError(f"{path}: must hold an array of objects, one object per line, or an object of named objects.")
@@ -163,6 +187,10 @@ def _items(text: str) -> Iterator[tuple[int, Any]]:
             at = _skip(text, at + 1)
         elif text[at : at + 1] != "]":
             raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    at = _skip(text, at + 1)
+    if at < len(text):
+        told = "More follows after the end of the array; make it one array, or one object per line"
+        raise json.JSONDecodeError(told, text, at)
 
 
 def _skip(text: str, at: int) -> int:
@@ -171,24 +199,51 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _squad(articles: Sequence[Any]) -> Iterator[Row]:
+def _squad(articles: Sequence[Any], damaged: bool) -> Iterator[Row]:
     """SQuAD's nested articles as the flat rows of the hub; version 2's impossible questions have no answers."""
-    for article in articles:
-        for paragraph in article["paragraphs"]:
-            for asked in paragraph["qas"]:
-                answers = asked.get("answers", [])
-                values = {
-                    "id": asked["id"],
-                    "context": paragraph["context"],
-                    "question": asked["question"],
-                    "answers": {key: [answer[key] for answer in answers] for key in ("text", "answer_start")},
-                }
-                yield Row(f"question {asked['id']!r}", values)
+    count = 0
+    for i, article in enumerate(articles, 1):
+        paragraphs = _listed(article, "paragraphs")
+        if paragraphs is None:
+            yield Row(f"article {i}", {}, "has no list of 'paragraphs'")
+        for j, paragraph in enumerate(paragraphs or [], 1):
+            questions = _listed(paragraph, "qas")
+            if questions is None:
+                yield Row(f"article {i}, paragraph {j}", {}, "has no list of 'qas'")
+            for asked in questions or []:
+                count += 1
+                yield _question(count, paragraph, asked, damaged)
+
+
+def _listed(holder: Any, key: str) -> list[Any] | None:
+    found = holder.get(key) if isinstance(holder, Mapping) else None
+    return found if isinstance(found, list) else None
+
+
+def _question(number: int, paragraph: Mapping[str, Any], asked: Any, damaged: bool) -> Row:
+    """A question as a row; one without an id is named by its number in the file."""
+    if not isinstance(asked, Mapping):
+        return _row(f"question {number}", asked, damaged)
+    place = f"question {asked['id']!r}" if "id" in asked else f"question {number}"
+    if missing := [repr(key) for key, holder in (("context", paragraph), ("question", asked)) if key not in holder]:
+        return Row(place, {}, f"has no {' and no '.join(missing)}")
+    answers, keys = asked.get("answers"), ("text", "answer_start")
+    answers = [] if answers is None else answers
+    if not isinstance(answers, list) or not all(isinstance(item, Mapping) and {*keys} <= {*item} for item in answers):
+        return Row(place, {}, "has 'answers' that are no list of objects with 'text' and 'answer_start'")
+    values = {
+        "id": asked.get("id", str(number)),
+        "context": paragraph["context"],
+        "question": asked["question"],
+        "answers": {key: [answer[key] for answer in answers] for key in keys},
+    }
+    return _row(place, values, damaged)
 
 
 def _parquet(path: Path, columns: Sequence[str] | None = None) -> list[Row]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    _distinct(pyarrow.parquet.read_schema(path).names, str(path), "rename all but one")
     return [Row(f"row {i}", values) for i, values in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)]
 
 

@@ -45,7 +45,8 @@ class ImageFolders(Source):
 class ImageData(RowData):
     """Images of one size, scaled to [0, 1], less a mean and over a deviation for each channel.
 
-    Images are read when they are drawn; that each can be opened is checked at set-up. There is no augmentation.
+    Images are read when they are drawn; that each can be opened is checked at set-up. Grey levels of 16 bits, also
+    those that Pillow holds as 32, are scaled from [0, 65535]. There is no augmentation.
 
     Args:
         train: Split on the hub, folder with a folder for each class, or list of rows; in a row an image is a path, a
@@ -63,7 +64,7 @@ class ImageData(RowData):
         **options: Of `apportion.recipes.tasks.data.RowData`: ``batch_size``, ``seed``, ``path`` ...
 
     Raises:
-        ValueError: If ``channels``, ``size``, ``mean`` or ``std`` is out of range.
+        ValueError: If ``channels``, ``size``, ``mean`` or ``std`` is out of range, or ``labels`` names a class twice.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class ImageData(RowData):
 
     def prepare(self) -> None:
         """Names the classes after the training folders, where they have no other names."""
-        self.classes = self.classes or self.model_classes()
+        self.classes = self.classes or self.model_setting("num_labels")
         folder = self.source.folder("train") if isinstance(self.source, ImageFolders) else None
         if self.labels is None and folder is not None:
             self.labels = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -106,7 +107,13 @@ class ImageData(RowData):
         found = value(row, self.image)
         try:
             with opened(found) as picture:
+                wide = picture.mode in ("I", "F")
                 picture.verify()
+            if wide:
+                with opened(found) as picture:  # again, since a verified picture cannot be read
+                    eight_bits(picture)
+        except BadRow:
+            raise
         except Exception as error:  # Pillow raises what the format's reader raises
             raise BadRow(f"holds no image in column {self.image!r}: {error}") from error
         yield {"image": found, "labels": torch.tensor(label(row, self.label, self.labels, self.classes))}
@@ -136,10 +143,40 @@ class Look:
         """Float32, shape (channels, size, size)."""
         from PIL import Image
 
-        shaped = picture.convert("L" if self.channels == 1 else "RGB")
+        shaped = eight_bits(picture).convert("L" if self.channels == 1 else "RGB")
         shaped = shaped.resize((self.size, self.size), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(shaped, dtype=np.float32).reshape(self.size, self.size, self.channels))
         return ((pixels / 255.0 - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1).contiguous()
+
+
+def eight_bits(picture: Any) -> Any:
+    """A picture whose grey levels have 16 bits with levels of 8; any other as it is.
+
+        round(level / 257)      65535 becomes 255
+
+    Pillow would cut the levels at 255 instead. Mode ``I`` is what it reads some files of 16 bits as.
+
+    Raises:
+        BadRow: If levels are fractions, whose white is not known, or do not have 16 bits.
+
+    Example:
+        >>> from PIL import Image
+        >>> eight_bits(Image.new("I;16", (1, 1), 257 * 9)).getpixel((0, 0))
+        9
+    """
+    from PIL import Image
+
+    if picture.mode == "F":
+        raise BadRow("holds an image of fractions (mode F), whose white is not known: save it with 8 or 16 bits")
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    levels = np.asarray(picture)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise BadRow(
+            f"holds an image with grey levels from {levels.min()} to {levels.max()} (mode {picture.mode}), which must "
+            "lie in [0, 65535]: save it with 8 or 16 bits"
+        )
+    return Image.fromarray(np.rint(levels / 257.0).astype(np.uint8))
 
 
 class Drawn(Sequence[Sample]):

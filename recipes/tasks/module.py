@@ -7,44 +7,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics import MeanMetric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.text import ROUGEScore
 
 from apportion.recipes.tasks import packing
 from apportion.recipes.tasks.answers import Answer, continued, decoded, written_by
 from apportion.recipes.tasks.finetuning import FineTuning
+from apportion.recipes.tasks.metrics import Majority, Matthews
 from apportion.recipes.tasks.tokens import IGNORED, load_tokenizer
-
-
-class Majority(Metric):
-    """Share of the most frequent class: the accuracy of who always says the same.
-
-    Args:
-        classes: Number of classes.
-
-    Example:
-        >>> majority = Majority(3)
-        >>> majority.update(torch.tensor([2, 0, 2]))
-        >>> majority.update(torch.tensor([2]))
-        >>> majority.compute()
-        tensor(0.7500)
-    """
-
-    full_state_update = False
-    counts: Tensor
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(classes), dist_reduce_fx="sum")
-
-    def update(self, labels: Tensor) -> None:
-        """Counts labels. Shape: (n,)."""
-        self.counts += torch.bincount(labels, minlength=len(self.counts))
-
-    def compute(self) -> Tensor:
-        """The share."""
-        return self.counts.max() / self.counts.sum()
 
 
 class Classification(FineTuning):
@@ -66,7 +37,7 @@ class Classification(FineTuning):
             accuracy=lambda: MulticlassAccuracy(classes, average="micro"),
             majority=lambda: Majority(classes),
             f1=lambda: MulticlassF1Score(classes, average="macro" if classes > 2 else "none"),
-            matthews=lambda: MulticlassMatthewsCorrCoef(classes),
+            matthews=lambda: Matthews(classes),
         )
 
     def evaluate(self, split: str, batch: dict[str, Any]) -> None:
@@ -184,7 +155,12 @@ class CausalLM(FineTuning):
     def evaluate(self, split: str, batch: dict[str, Any]) -> None:
         """Updates the loss, and the answers if the model is to write them."""
         self.loss(split, batch, self(**batch))
-        if self.answer and "prompt" in batch:
+        if self.answer:
+            if "prompt" not in batch:
+                raise ValueError(
+                    f"`model.answer={self.answer.form}` compares what the model writes after a prompt, and these data "
+                    "have no prompts: use `data=instructions` or `data=alpaca`, or `model.answer=null`."
+                )
             prompts = [row[:length] for row, length in zip(batch["input_ids"], batch["prompt"], strict=True)]
             written = continued(self.model, self.tokenizer, prompts, self.new_tokens)
             right = [self.answer.same(*pair) for pair in zip(written, batch["reference"], strict=True)]

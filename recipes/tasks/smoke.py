@@ -93,7 +93,7 @@ def _model(cfg: DictConfig) -> dict[str, Any]:
     if "model_type" not in large:
         raise ValueError(
             f"`smoke=true` with `model.path={model.get('path')}` must know the family: give `shape=...`, a name in "
-            "conf/shapes such as llama-2-7b, or `model.config.model_type=llama`."
+            "conf/shapes such as llama-2-7b, or `++model.config.model_type=llama`."
         )
     large.pop("architectures", None)
     model["config"] = tiny(large, _PICTURE if "train" in cfg.data else {})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from apportion.recipes.tasks.columns import BadRow, text, value
+from apportion.recipes.tasks.columns import BadRow, short, text, value
 from apportion.recipes.tasks.data import RowData, Sample
 from apportion.recipes.tasks.formats import Row
 from apportion.recipes.tasks.source import Split
@@ -31,7 +32,7 @@ class QuestionAnsweringData(RowData):
         question: Name of the column with the question.
         context: Name of the column with the text.
         answers: Name of the column with ``{"text": [...], "answer_start": [...]}``, places in characters; empty lists
-            where there is no answer.
+            where there is no answer. A text and a place that are not in lists are one answer.
         tokenizer: Folder of a saved tokenizer of the fast kind, or its id on the hub; None for bytes.
         length: Tokens of a window, with the question.
         stride: Tokens that two windows share.
@@ -158,10 +159,30 @@ def _answers(row: Row, column: str, context: str) -> list[Span]:
     found = value(row, column)
     if not isinstance(found, Mapping) or not {"text", "answer_start"} <= set(found):
         raise BadRow(f"holds no 'text' and 'answer_start' in column {column!r}")
-    texts, starts = list(found["text"]), list(found["answer_start"])
-    if len(texts) != len(starts):
-        raise BadRow(f"has {len(texts)} answers but {len(starts)} places in column {column!r}")
-    for answer, start in zip(texts, starts, strict=True):
-        if context[start : start + len(answer)] != answer:
+    texts, places = _several(found["text"]), _several(found["answer_start"])
+    if len(texts) != len(places):
+        raise BadRow(f"has {len(texts)} answers but {len(places)} places in column {column!r}")
+    spans = []
+    for answer, at in zip(texts, places, strict=True):
+        if not isinstance(answer, str):
+            raise BadRow(f"holds the answer {short(answer)} in column {column!r}, not text")
+        start = _start(at)
+        if start is None:
+            raise BadRow(f"holds the place {short(at)} in column {column!r}, not an integer")
+        # An empty answer at -1 means in some data sets that there is none; elsewhere -1 would count from the end.
+        if context[start : start + len(answer)] != answer or (answer and start < 0):
             raise BadRow(f"has the answer {answer[:40]!r} in column {column!r}, which does not stand at {start}")
-    return [(start, start + len(answer)) for answer, start in zip(texts, starts, strict=True)]
+        spans.append((start, start + len(answer)))
+    return spans
+
+
+def _several(found: Any) -> list[Any]:
+    """The items of a list; what is none, such as a text by itself, is one item."""
+    return [found] if isinstance(found, str | Mapping) or not isinstance(found, Iterable) else list(found)
+
+
+def _start(found: Any) -> int | None:
+    try:
+        return None if isinstance(found, bool) else operator.index(found)
+    except TypeError:
+        return None

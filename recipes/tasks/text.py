@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from apportion.recipes.tasks.columns import label, number, text
+from apportion.recipes.tasks.columns import distinct, label, number, text
 from apportion.recipes.tasks.data import RowData, Sample
 from apportion.recipes.tasks.formats import Row
 from apportion.recipes.tasks.source import Split
@@ -61,8 +61,9 @@ class TextClassificationData(RowData):
     def prepare(self) -> None:
         """Loads the tokenizer."""
         self._tokenizer = load_tokenizer(self.tokenizer)
-        self.collate = padding(self._tokenizer)
-        self.classes = self.classes or self.model_classes()
+        # A decoder reads the class off the last token that is not its own padding, whatever the tokenizer pads with.
+        self.collate = padding(self._tokenizer, self.model_setting("pad_token_id"))
+        self.classes = self.classes or self.model_setting("num_labels")
 
     def samples(self, row: Row, split: str) -> Iterable[Sample]:
         """The tokens of the text and its label."""
@@ -79,7 +80,7 @@ def check_labels(labels: Sequence[str] | None, classes: int | None) -> None:
     """Refuses names of classes that cannot be meant.
 
     Raises:
-        ValueError: If they are not texts, or not as many as ``classes``.
+        ValueError: If they are not texts, two are the same, or they are not as many as ``classes``.
     """
     if labels is None:
         return
@@ -88,6 +89,7 @@ def check_labels(labels: Sequence[str] | None, classes: int | None) -> None:
             f"`data.labels={list(labels)}` holds {odd[0]!r}, which is no text: quote it (YAML reads a bare yes or no "
             "as true or false), or leave `data.labels` null for integers from 0."
         )
+    distinct(labels)
     if classes is not None and len(labels) != classes:
         raise ValueError(f"`data.labels={list(labels)}` names {len(labels)} classes, but the model has {classes}.")
 

@@ -36,9 +36,18 @@ class Padding:
         return torch.stack(values)
 
 
-def padding(tokenizer: Any) -> Padding:
-    """The padding of what a tokenizer makes, and of labels for each token."""
-    values = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
+def padding(tokenizer: Any, token: int | None = None) -> Padding:
+    """The padding of what a tokenizer makes, and of labels for each token.
+
+    Args:
+        tokenizer: The tokenizer.
+        token: What tokens are padded with; None for the tokenizer's own, or 0.
+    """
+    values = {
+        "input_ids": (tokenizer.pad_token_id or 0) if token is None else token,
+        "attention_mask": 0,
+        "token_type_ids": 0,
+    }
     return Padding({**values, "labels": IGNORED, "position_ids": 0})
 
 
