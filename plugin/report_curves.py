@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from apportion.report import MIB, PARTS, save
-from apportion.report_groups import Spread, unique
+from apportion.report_cells import unique
+from apportion.report_groups import Spread
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 """One for each group, apart for colour-blind readers (Okabe and Ito)."""

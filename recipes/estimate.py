@@ -9,11 +9,12 @@ apportion-estimate --model llama-2-7b --method adalora --lora-rank 12 --total-st
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,12 +23,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from apportion import callbacks
 from apportion.estimate import OPTIMIZERS, Estimate
 from apportion.fake import PRECISIONS
 from apportion.ledger import Parts
 from apportion.rank_selection import NOMINAL
-from apportion.recipes.request import METHODS, ON_ADAPTERS, PRESETS, RANKS, REFUSED, Request
-from apportion.recipes.shapes import config_of, names
+from apportion.recipes.request import METHODS, ON_ADAPTERS, PRESETS, RANKS, REFUSED, Request, preset
+from apportion.recipes.shapes import Shape, config_of, names
 
 TABLE = ("full", "lora", "lisa", "ist", "badam", "hft")
 _GIB = 2**30
@@ -83,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.set and (len(chosen) > 1 or chosen[0] not in PRESETS):
         made.error(f"`--set` needs one `--method` that has settings: {', '.join(PRESETS)}.")
     try:
+        if options.set:
+            _check(chosen[0], dict(options.set))
         results = _estimates(options, chosen)
     except ValueError as error:
         made.error(str(error))
@@ -94,9 +98,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check(method: str, settings: Mapping[str, Any]) -> None:
+    """Refuses values that the method cannot be made with.
+
+    Raises:
+        ValueError: If there is one; of several settings, it names the first that fails alone.
+    """
+    known = inspect.signature(getattr(callbacks, PRESETS[method])).parameters
+    for tried in (*({key: value} for key, value in settings.items()), dict(settings)):
+        try:
+            preset(method, tried)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            said = " ".join(f"`--set {key}={value}`" for key, value in tried.items())
+            form = "; ".join(f"{key} is {known[key].annotation}, {known[key].default} by default" for key in tried)
+            raise ValueError(f"{said}: {PRESETS[method]} cannot be made with it ({error}); {form}.") from None
+        except ValueError:
+            if tried == settings:
+                raise  # alone, a setting may lack another one
+
+
 def _estimates(options: argparse.Namespace, methods: Sequence[str]) -> dict[str, Estimate]:
+    config = config_of(options.model)
+    shape = Shape(config)
+    built = f"the model is {shape.made}" + ("" if shape.named else ", as its config names no class")
     request = Request(
-        config_of(options.model),
+        config,
         settings=tuple(options.set),
         batch=options.batch,
         length=options.length,
@@ -113,7 +139,7 @@ def _estimates(options: argparse.Namespace, methods: Sequence[str]) -> dict[str,
             status.update(f"{options.model}, {method} ({i} of {len(methods)}) ...")
             asked = replace(request, method=method)
             results |= asked.over_time() if method in RANKS else {method: asked.run()}
-    return results
+    return {name: replace(told, assumptions=(built, *told.assumptions)) for name, told in results.items()}
 
 
 def _row(options: argparse.Namespace, method: str, result: Estimate) -> dict[str, Any]:

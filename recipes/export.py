@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from apportion.categories import matches
 from apportion.delta import Delta, apply, difference, load, save
+from apportion.named import some
 from apportion.recipes.checkpoints import Shards, copy_others, model_of, weights
 
 
 def compared(options: argparse.Namespace) -> Delta:
     """The delta between ``--base`` and ``--tuned``, under a progress bar; warnings of it are printed."""
     base, tuned = weights(options.base), weights(options.tuned)
+    if options.fresh is not None:
+        check_fresh(options.fresh, tuned)
     config = {"base": options.base.resolve().name, "tuned": options.tuned.resolve().name}
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as bar, warnings.catch_warnings(record=True) as said:
@@ -47,6 +52,36 @@ def compared(options: argparse.Namespace) -> Delta:
     for warning in said:
         console.print(f"Note: {warning.message}", highlight=False, markup=False)
     return delta
+
+
+def check_fresh(pattern: str, names: Iterable[str]) -> None:
+    r"""Refuses a ``--fresh`` that would do nothing.
+
+    Raises:
+        ValueError: If it matches none of the names.
+
+    Example:
+        >>> check_fresh(r"classifier\..*", ["bert.embed.weight", "classifier.weight"])
+    """
+    listed = list(names)
+    if any(matches(pattern, name) for name in listed):
+        return
+    near = [name for name in listed if re.search(pattern, name)]
+    wider = (rf"{pattern}\..*", f".*(?:{pattern}).*")
+    hint = next((f", as `{longer}` does" for longer in wider if any(matches(longer, name) for name in near)), "")
+    raise ValueError(
+        f"`--fresh {pattern}` matches no tensor of TUNED, which has {some(near or listed)}: it must match the last "
+        f"parts of a name as a whole{hint}."
+    )
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+        matches(text, "")
+    except (re.error, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"`--fresh {text}` is no regular expression: {error}") from None
+    return text
 
 
 def merge(delta: Delta, options: argparse.Namespace) -> None:
@@ -132,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="with --show: as JSON, in bytes")
     add("--no-old-values", dest="old_values", action="store_false", help="half the values, but no `revert`")
     add("--prefix", help="the part of TUNED that is the model, such as 'model.'; found by default")
-    add("--fresh", metavar="REGEX", help="names of TUNED that do not come from BASE, such as a new head")
+    add("--fresh", metavar="REGEX", type=_pattern, help="names of TUNED that do not come from BASE, such as a new head")
     add("--config", type=Path, help="with --merge: config of the merged model, if another than that of BASE")
     add("--alpha", type=float, default=1.0, help="with --merge: 0 is the base, 1 the tuned model")
     return made

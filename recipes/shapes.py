@@ -12,13 +12,18 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 _SHAPES = files("apportion.conf") / "shapes"
-# How the class of a checkpoint ends, to the automatic class that builds it.
+# How the class of a checkpoint ends, to the automatic class that builds it: those that compute a loss of their own.
 _TASKS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForImageClassification": "AutoModelForImageClassification",
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
 }
+_HEADS = ("classifier", "score", "qa_outputs")  # trained whole where the rest gets adapters
 
 
 def names() -> list[str]:
@@ -43,7 +48,7 @@ def config_of(model: str) -> Any:
     """The transformers configuration of a shape by name, or of a local folder or ``config.json``.
 
     Raises:
-        ValueError: If ``model`` is neither.
+        ValueError: If ``model`` is neither, or holds no config.
     """
     from transformers import AutoConfig
 
@@ -51,7 +56,14 @@ def config_of(model: str) -> Any:
         return AutoConfig.for_model(**fields(model))
     path = Path(model)
     if path.is_file() or (path / "config.json").is_file():
-        return AutoConfig.from_pretrained(str(path), local_files_only=True)
+        try:
+            return AutoConfig.from_pretrained(str(path), local_files_only=True)
+        except Exception as error:  # weights, damaged JSON, an unknown family: transformers fails in many ways
+            said = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"`--model {model}` holds no config that transformers can read ({type(error).__name__}: {said}): give "
+                "a Hugging Face folder or its config.json, not the weights."
+            ) from None
     raise ValueError(
         f"`--model {model}` is neither a shape ({', '.join(names())}) nor a local folder or file with a "
         "Hugging Face config."
@@ -76,9 +88,44 @@ class Shape:
 
     @property
     def task(self) -> str:
-        """The automatic class of transformers that builds the model."""
-        architecture = (getattr(self.config, "architectures", None) or ["ForCausalLM"])[0]
-        return next((auto for end, auto in _TASKS.items() if architecture.endswith(end)), "AutoModelForCausalLM")
+        """The automatic class of transformers that builds the model; without ``architectures`` it predicts tokens.
+
+        Raises:
+            ValueError: If the config names a class without a loss of its own, such as a model without head.
+        """
+        named = self.named or "ForCausalLM"
+        auto = next((auto for end, auto in _TASKS.items() if named.endswith(end)), None)
+        if auto is None:
+            raise ValueError(
+                f"`architectures: [{named}]` in the config of the model: a step needs a class with a loss, which ends "
+                f"with {', '.join(_TASKS)}. Write the one that is trained into a copy of the config."
+            )
+        return auto
+
+    @property
+    def named(self) -> str:
+        """The class that the config names; empty if it names none."""
+        return str((getattr(self.config, "architectures", None) or [""])[0])
+
+    @property
+    def made(self) -> str:
+        """The class that is built.
+
+        Raises:
+            ValueError: If transformers has none for this task and family.
+        """
+        import transformers
+
+        known = getattr(transformers, self.task)._model_mapping
+        if type(self.config) not in known:
+            named = f"`architectures: [{self.named}]`" if self.named else "No `architectures`"
+            raise ValueError(
+                f"{named} in the config of the model: {self.task} builds no model of {type(self.config).__name__}. "
+                f"Name a class of transformers that ends with {', '.join(_TASKS)}."
+            )
+        kinds = known[type(self.config)]
+        names = [kind.__name__ for kind in (kinds if isinstance(kinds, list | tuple) else [kinds])]
+        return self.named if self.named in names else names[0]
 
     @property
     def experts(self) -> str | None:
@@ -97,7 +144,7 @@ class Shape:
     def _adapted(self, model: Any) -> Any:
         from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
-        head = ["classifier"] if self.task.endswith("Classification") else None
+        head = [name for name in _HEADS if hasattr(model, name)] or None
         shared: dict[str, Any] = {
             "lora_alpha": 2 * self.lora_rank,
             "target_modules": list(self.lora_targets) or "all-linear",
@@ -118,6 +165,9 @@ class Shape:
         if longest is not None and length > longest:
             raise ValueError(f"`--length {length}` must lie in [1, {longest}], the positions of this model.")
         tokens = torch.zeros(size, length, dtype=torch.int64)
+        rows = torch.zeros(size, dtype=torch.int64)
         if self.task == "AutoModelForSequenceClassification":
-            return {"input_ids": tokens, "labels": torch.zeros(size, dtype=torch.int64)}
+            return {"input_ids": tokens, "labels": rows}
+        if self.task == "AutoModelForQuestionAnswering":
+            return {"input_ids": tokens, "start_positions": rows, "end_positions": rows}
         return {"input_ids": tokens, "labels": tokens}

@@ -167,6 +167,14 @@ def test_the_table_has_all_methods_side_by_side(capsys: pytest.CaptureFixture[st
         (["--model", "gpt-2", "--set", "layers=2"], "`--set` needs one `--method` that has settings"),
         (["--model", "gpt-2", "--length", "4096"], r"`--length 4096` must lie in \[1, 1024\]"),
         (["--model", "gpt-2", "--batch", "0"], "0 must be at least 1"),
+        (
+            ["--model", "gpt-2", "--method", "lisa", "--set", "active_layers=abc"],
+            r"`--set active_layers=abc`: LISA cannot be made with it \(.*\); active_layers is int \| float",
+        ),
+        (
+            ["--model", "gpt-2", "--method", "hft", "--set", "amount=0.5", "--set", "round=1.5"],
+            r"error: `--set round=1.5`: HFT cannot be made with it \(.*\); round is int, 0 by default",
+        ),
     ],
 )
 def test_a_wrong_option_lists_the_right_ones(
@@ -311,6 +319,95 @@ def test_a_state_space_model_is_extrapolated_and_it_is_said() -> None:
     assert told.assumptions[0].startswith("EXTRAPOLATED")
     assert told.parameters == direct.parameters
     assert told.peak == pytest.approx(direct.peak, rel=0.02)
+
+
+def small(folder: Path, architecture: str | None, family: str = "bert") -> str:
+    """A folder with the config of a small model; None names no class."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    named = None if architecture is None else [architecture]
+    AutoConfig.for_model(family, vocab_size=100, architectures=named, **sizes).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "head", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "CausalLM"]
+)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_head_is_built_as_the_config_names_it(
+    head: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family, name = ("llama", f"LlamaFor{head}") if head == "CausalLM" else ("bert", f"BertFor{head}")
+    folder = small(tmp_path, name, family)
+    assert main(["--model", folder, "--length", "8", "--method", method, "--lora-rank", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["assumptions"][0] == f"the model is {name}"
+    with torch.device("meta"):
+        model = shapes.Shape(shapes.config_of(folder)).build()
+    assert type(model).__name__ == name
+    if method == "full":
+        assert told["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("BertForQuestionAnswering", "qa_outputs"),
+        ("BertForTokenClassification", "classifier"),
+        ("LlamaForTokenClassification", "score"),
+    ],
+)
+def test_a_head_beside_adapters_is_trained_whole(name: str, head: str, tmp_path: Path) -> None:
+    family = "llama" if name.startswith("Llama") else "bert"
+    with torch.device("meta"):
+        model = shapes.Shape(shapes.config_of(small(tmp_path, name, family)), lora_rank=2).build()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and head in name]
+    assert trained
+    assert not any("lora" in name for name in trained)
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForPreTraining", "Mine"])
+def test_a_model_without_a_loss_is_refused_with_the_heads_that_have_one(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model", small(tmp_path, name)])
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"`architectures: [{name}]` in the config of the model: a step needs a class with a loss" in printed
+    assert "ForTokenClassification, ForQuestionAnswering" in printed
+
+
+def test_a_config_that_names_no_class_is_told_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", small(tmp_path / "llama", None, "llama"), "--length", "8"]) == 0
+    assert "the model is LlamaForCausalLM, as its config names no class" in " ".join(capsys.readouterr().out.split())
+    for name, said in (
+        (None, "No `architectures`"),
+        ("DebertaV2ForCausalLM", "`architectures: [DebertaV2ForCausalLM]`"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--model", small(tmp_path / "deberta", name, "deberta-v2")])
+        printed = " ".join(capsys.readouterr().err.split())
+        assert f"{said} in the config of the model: AutoModelForCausalLM builds no model of DebertaV2Config" in printed
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("x.safetensors", b"\x10\0\0\0\0\0\0\0\xff\xfe"),
+        ("config.json", b"{"),
+        ("other.json", b"[1]"),
+        ("odd.json", b'{"model_type": "bert", "hidden_size": "x"}'),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(
+    file: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(SystemExit) as left:
+        main(["--model", str(tmp_path / file)])
+    assert left.value.code == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"{file}` holds no config that transformers can read" in printed
+    assert "config.json, not the weights" in printed
 
 
 def test_a_local_config_is_read(tmp_path: Path) -> None:

@@ -223,6 +223,27 @@ def test_a_classifier_on_a_pretrained_body_is_merged_by_its_config(
     assert fingerprint(merged) == fingerprint(goal)
 
 
+def test_a_pattern_of_fresh_tensors_that_does_nothing_is_told(
+    base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {name: tensor.clone() for name, tensor in opened(tuned).state_dict().items() if name != "lm_head.weight"}
+    save_file({**state, "classifier.weight": torch.zeros(2, 16)}, tmp_path / "t.safetensors")
+    options = ("--base", base, "--tuned", tmp_path / "t.safetensors", "--out", tmp_path / "d.safetensors", "--fresh")
+    for pattern, way in (("classifier", r"`classifier\..*`"), ("classif", "`.*(?:classif).*`")):
+        said = refused(capsys, *options, pattern)
+        assert f"`--fresh {pattern}` matches no tensor of TUNED, which has `classifier.weight`: it must match" in said
+        assert f"as a whole, as {way} does." in said
+    said = refused(capsys, *options, "head")
+    assert (
+        "`--fresh head` matches no tensor of TUNED, which has `classifier.weight`, `model.embed_tokens.weight`" in said
+    )
+    for pattern in ("[", "(?i", "x(?i)y"):
+        assert f"argument --fresh: `--fresh {pattern}` is no regular expression: " in refused(capsys, *options, pattern)
+    assert not (tmp_path / "d.safetensors").exists()
+    assert run(*options, r"classifier\..*") == 0
+    assert load(tmp_path / "d.safetensors").fresh == ("classifier.weight",)
+
+
 def test_show_adds_up(base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "d.safetensors"
     run("--base", base, "--tuned", tuned, "--out", out, "--no-old-values")

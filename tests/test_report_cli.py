@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from apportion.recipes.report import reported
 from apportion.recipes.report.pictures import PANELS
 from apportion.recipes.report.summary import Summary, objective, seeds
 from apportion.recipes.sweeps.runs import Run, collect
+from apportion.report_cells import LONGEST, cells, unique
 from apportion.report_groups import Spread, grouped, labels
 from apportion.report_page import Table, link, marked
 
@@ -85,11 +88,72 @@ def test_a_method_and_none_at_all_are_two_groups() -> None:
     assert [g.label for g in grouped([plain, config(LISA)]).groups] == ["no callbacks", "lisa"]
 
 
+PLACE = "/data/projects/customer-support/2026/exports/cleaned/deduplicated/"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (PLACE + "english.jsonl", PLACE + "german.jsonl"),
+        (f"{PLACE}en/{PLACE}a.jsonl", f"{PLACE}de/{PLACE}a.jsonl"),
+        ("x" * 200 + "a" * 99 + "y" * 200, "x" * 200 + "a" * 50 + "b" + "a" * 48 + "y" * 200),
+        ("{instruction}\n", "{instruction} ", "{instruction}"),
+        ("a  b", "a b", "a\u00a0b"),
+        (0.1234567, 0.1234568),
+        ([{"path": "a"}], [{"path": "b"}]),
+        ({"_target_": "one.Adam"}, {"_target_": "two.Adam"}),
+        ({"_target_": "Adam", "a": 1}, {"_target_": "Adam", "b": 1}, {"_target_": "SGD"}),
+        ({"_target_": "Adam", "_args_": [1]}, {"_target_": "Adam", "_args_": [2]}),
+        (None, "none", [], {}),
+        (True, 1, "true"),
+        (1e300, 1e301, float("inf"), date(2026, 1, 2), "2026-01-02", {1: 2}, {2: 1}),
+        ([{"seed": 1}], [{"seed": 2}]),
+        (0.1, "0.1"),
+        ("", " ", "-", None),
+        ("a", "a (2)", "a  ", "a "),
+    ],
+)
+def test_different_values_are_different_groups_and_look_different(values: tuple[Any, ...]) -> None:
+    found = grouped([{"x": {"y": value, "z": 1}} for value in values])
+    assert [group.members for group in found.groups] == [(at,) for at in range(len(values))]
+    rows = [tuple(" ".join(cell.split()) for cell in group.cells) for group in found.groups]  # as a page folds them
+    assert len(set(rows)) == len({group.label for group in found.groups}) == len(values)
+    assert all(len(cell) <= LONGEST + len(" (9)") for row in rows for cell in row)
+
+
+def test_what_is_no_difference_makes_no_group() -> None:
+    configs = [
+        {"seed": 1, "lr": 1, "data": {"seed": 5, "b": 0, "a": 1.0}, "model": {"_target_": "A", "_convert_": "all"}},
+        {"seed": 2, "lr": 1.0, "data": {"a": 1, "b": 0, "seed": 6}, "model": {"_target_": "A"}, "extra": None},
+        {"seed": 2, "lr": 1.0, "data": {"a": 1, "b": 0}, "model": {"_target_": "A"}, "extra": None},
+    ]
+    found = grouped(configs)
+    assert (found.columns, [group.members for group in found.groups]) == ((), [(0, 1, 2)])
+    assert [group.members for group in grouped([{"a": float("nan")}] * 2).groups] == [(0, 1)]
+
+
+def test_a_setting_that_is_null_is_another_than_one_that_is_not_there() -> None:
+    assert len(grouped([config({"lisa": {"layers": None}}), config({"lisa": {}})]).groups) == 2
+    assert len(grouped([{"seed": {"data": 1}}, {"seed": {"data": 2}}]).groups) == 2
+
+
+def test_a_long_value_keeps_both_ends_and_shows_where_others_differ() -> None:
+    assert cells([PLACE + "english.jsonl"]) == ["/data/projects/customer-suppo…ned/deduplicated/english.jsonl"]
+    shown = cells([f"{PLACE}en/{PLACE}a.jsonl", f"{PLACE}de/{PLACE}a.jsonl"])
+    assert ["en" in text for text in shown] == [True, False]
+    assert all(text.startswith('"/data/') and text.endswith('a.jsonl"') for text in shown)
+
+
+def test_names_are_all_different() -> None:
+    assert unique(["a", "a", "a (2)", "a"]) == ["a", "a (2)", "a (2) (2)", "a (3)"]
+
+
 def test_the_standard_error_falls_with_the_number_of_seeds() -> None:
     found = Spread((1.0, 2.0, 3.0, 4.0))
     assert found.error == pytest.approx((5 / 3) ** 0.5 / 2)
     assert Spread((0.5,)).error is None
     assert Spread((0.5,)).text(100) == "50"
+    assert Spread((0.5, 0.5), runs=3).text(100) == "50 ± 0 (2 of 3)"
 
 
 # The files of a run ---------------------------------------------------------------------------------------------------
@@ -184,6 +248,111 @@ def test_a_metric_that_no_run_has_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "`--metric val/f1` is in no run; there are test/accuracy, train/loss" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_runs_of_different_long_paths_are_two_methods(tmp_path: Path) -> None:
+    for at, name in enumerate(("english", "german")):
+        made(tmp_path, name, config(LISA, data={"train": f"{PLACE}{name}.jsonl"}), 0.5 + 0.1 * at)
+    page = report(tmp_path)
+    assert [row[-1][-13:] for row in page.tables[0][1:]] == ["/german.jsonl", "english.jsonl"]
+    assert "repeat" not in page.text
+
+
+def logs(objective: float | None, **values: float | None) -> dict[str, Any]:
+    """``metrics.json`` of a run with these metrics of the validation set."""
+    return {"metrics": {f"val/{name}": value for name, value in values.items()}, "objective": objective}
+
+
+def test_a_first_run_that_diverged_does_not_choose_the_metric(tmp_path: Path) -> None:
+    results = [
+        logs(None, loss=9.0, spearman=None, pearson=None),
+        logs(0.5, loss=1.0, spearman=0.4, pearson=0.5),
+        logs(0.8, loss=1.5, spearman=0.7, pearson=0.8),
+    ]
+    for at, metrics in enumerate(results):
+        made(tmp_path, str(at), config(LISA, lr=at), metrics=metrics)
+    methods = report(tmp_path).tables[0]
+    assert methods[0][1] == "val/pearson"
+    assert [row[:2] for row in methods[1:]] == [["lr 2", "0.8"], ["lr 1", "0.5"], ["lr 0", "- (0 of 1)"]]
+
+
+def test_a_first_run_of_zeros_does_not_choose_the_metric(tmp_path: Path) -> None:
+    for at, (exact, f1) in enumerate(((0.0, 0.0), (50.0, 60.0))):
+        made(tmp_path, str(at), config(LISA, lr=at), metrics=logs(f1, loss=1.0, exact_match=exact, f1=f1))
+    assert report(tmp_path).tables[0][0][1] == "val/f1"
+
+
+def test_the_class_of_the_model_tells_where_values_do_not() -> None:
+    def run(target: str) -> Run:
+        return Run(Path(), "x", {"model": {"_target_": target}}, logs(0.0, loss=1.0, exact_match=0.0, f1=0.0))
+
+    answering = "apportion.recipes.tasks.answering.QuestionAnswering"
+    assert objective([run(answering)]) == "val/f1"
+    for other in ("apportion.recipes.tasks.none.None", "this.Import", "apportion.recipes.tasks.module.CausalLM"):
+        assert objective([run(other)]) == "val/exact_match"
+    assert objective([run("this.Import"), run(answering)]) == "val/f1"
+    assert "this" not in sys.modules  # a folder names what it likes
+
+
+def test_seeds_that_diverged_are_counted_and_named(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.8, None, 0.9)):
+        value = {"val/accuracy": accuracy, "test/accuracy": accuracy, "val/loss": 1.0}
+        made(tmp_path, f"lisa{seed}", config(LISA, seed=seed), metrics={"metrics": value, "objective": accuracy})
+    made(tmp_path, "ist", config(IST), 0.5)
+    page = report(tmp_path)
+    assert [row[:3] for row in page.tables[0]] == [
+        ["method", "test/accuracy", "val/accuracy"],
+        ["lisa", "0.85 ± 0.05 (2 of 3)", "0.85 ± 0.05 (2 of 3)"],
+        ["ist", "0.6", "0.5"],
+    ]
+    assert "Runs without a finite test/accuracy, as after a divergence: 1, namely lisa1." in page.text
+    every = {row[0]: row[3] for row in page.tables[-1][1:]}
+    assert (every["lisa1"], every["lisa2"]) == ("not finite", "0.9")
+    assert "0.85 ± 0.05 (2 of 3)" in (tmp_path / "report.md").read_text("utf-8")
+
+
+def test_a_test_set_that_gives_no_number_at_all_does_not_compare(tmp_path: Path) -> None:
+    for name in "ab":
+        values = {"val/accuracy": 0.5, "test/accuracy": None}
+        made(tmp_path, name, config(LISA, seed=name), metrics={"metrics": values, "objective": 0.5})
+    assert Summary(tuple(collect(tmp_path))).quality == "val/accuracy"
+
+
+def test_nothing_but_divergence_has_a_page_as_well(tmp_path: Path) -> None:
+    made(tmp_path, "a", config(LISA), metrics=logs(None, loss=None, accuracy=None))
+    assert report(tmp_path).tables[0][1][:2] == ["lisa", "- (0 of 1)"]
+    assert report_cli.main([str(tmp_path), "--metric", "val/accuracy"]) == 0
+
+
+def test_the_page_goes_where_it_is_wanted(tmp_path: Path) -> None:
+    made(tmp_path, "a", config(LISA))
+    (tmp_path / "there").mkdir()
+    for out, page in (("there", "there/report.html"), ("new/", "new/report.html"), ("x.htm", "x.htm"), ("y", "y")):
+        assert report_cli.main([str(tmp_path / "a"), "--out", f"{tmp_path}/{out}"]) == 0
+        assert (tmp_path / page).read_text("utf-8").startswith("<!")
+        assert (tmp_path / page).with_suffix(".md").read_text("utf-8").startswith("# Runs of a")
+
+
+def test_a_page_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(out: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            report_cli.main([str(tmp_path / "a"), "--out", f"{tmp_path}/{out}"])
+        assert left.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    made(tmp_path, "a", config(LISA))
+    (tmp_path / "x.md").mkdir()
+    (tmp_path / "file").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(report_cli, "gather", None)  # it is not called
+        assert "page.MD` is where the tables go as Markdown: name the page, such as" in refused("page.MD")
+        assert "x.md is a folder, and a file must go there" in refused("x.html")
+        assert "file is a file, and a folder must be there" in refused("file/new/x.html")
+    monkeypatch.setattr(report_cli, "page", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert "x.htm` cannot be written: disk full." in refused("sub/x.htm")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_one_run_alone_has_a_page(tmp_path: Path) -> None:
@@ -369,8 +538,10 @@ def test_a_row_has_a_cell_for_every_heading() -> None:
 def test_the_objective_is_the_validated_metric_of_that_value() -> None:
     results = {"metrics": {"test/a": 0.5, "val/b": 0.5, "val/c": 0.4}, "objective": 0.5}
     run = Run(Path(), "x", results=results)
-    assert objective(run) == "val/b"
-    assert objective(Run(Path(), "x", config={"objective": "val/c"}, results=results)) == "val/c"
+    assert objective([run]) == "val/b"
+    assert objective([Run(Path(), "x", config={"objective": "val/c"}, results=results)]) == "val/c"
+    assert objective([Run(Path(), "x", config={"objective": "val/d"}, results=results)]) == "val/b"
+    assert objective([Run(Path(), "x", results={"metrics": {"train/a": 1.0, "val/b": 0.5}})]) == "val/b"
 
 
 def test_the_band_reaches_from_the_lowest_to_the_highest_seed() -> None:

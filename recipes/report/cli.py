@@ -7,6 +7,7 @@ apportion-report outputs multirun --out report.html --title "Which layers?" --me
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -43,6 +44,13 @@ def told(summary: Summary) -> list[str]:
         lines.append(
             f"Methods are compared by {summary.quality}, best first. A cell with ± is mean ± standard error (number of "
             "seeds); one without has one seed. Differences of less than two or three standard errors show nothing."
+        )
+    lost = [run.name for method in summary.methods for run in method.runs if summary.quality not in run.metrics]
+    if lost:
+        names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        lines.append(
+            f"Runs without a finite {summary.quality}, as after a divergence: {len(lost)}, namely {names}. They are in "
+            "no mean: a cell with (1 of 2) is that of one seed out of two, and flatters its method."
         )
     return lines
 
@@ -121,12 +129,43 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="apportion-report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run, a multirun, or a tree of them")
-    parser.add_argument("--out", type=Path, help="the page (default: report.html in the first DIR)")
+    parser.add_argument("--out", help="the page, or a folder for report.html (default: the first DIR)")
     parser.add_argument("--title", help="heading of the page (default: the names of the folders)")
     parser.add_argument("--metric", help="what methods are compared by (default: the objective, on the test set)")
     options = parser.parse_args(arguments)
     options.error = parser.error
+    try:
+        options.out = place(options.out) if options.out is not None else options.folders[0] / "report.html"
+    except ValueError as error:
+        parser.error(str(error))
     return options
+
+
+def place(out: str) -> Path:
+    """Where ``--out`` puts the page: there, or as ``report.html`` into a folder.
+
+    Raises:
+        ValueError: If the page, or the Markdown beside it, cannot be there.
+
+    Example:
+        >>> place("new/"), place("new/page.html")
+        (PosixPath('new/report.html'), PosixPath('new/page.html'))
+    """
+    path = Path(out)
+    if path.is_dir() or out.endswith(("/", os.sep)):
+        path = path / "report.html"
+    if path.suffix.lower() == ".md":
+        raise ValueError(
+            f"`--out {out}` is where the tables go as Markdown: name the page, such as {path.with_suffix('.html')}; "
+            f"{path.name} is written beside it."
+        )
+    for file in (path, path.with_suffix(".md")):
+        if file.is_dir():
+            raise ValueError(f"`--out {out}`: {file} is a folder, and a file must go there: choose another name.")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"`--out {out}`: {above} is a file, and a folder must be there: choose another place.")
+    return path
 
 
 def gather(folders: Sequence[Path]) -> tuple[Run, ...]:
@@ -149,7 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             options.error(str(error))
         title = options.title or "Runs of " + ", ".join(folder.resolve().name for folder in options.folders)
-        paths = write(summary, title, options.out or options.folders[0] / "report.html")
+        try:
+            paths = write(summary, title, options.out)
+        except OSError as error:
+            options.error(f"`--out {options.out}` cannot be written: {error}. Choose another place.")
     for line in told(summary):
         console.print(line, highlight=False, markup=False)
     for path in paths:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from apportion.recipes.sweeps.objective import better
+from omegaconf import OmegaConf
+
+from apportion.recipes.sweeps.objective import better, objective_of
 from apportion.recipes.sweeps.runs import Run
 from apportion.report_groups import Group, Spread, grouped
 
@@ -33,9 +36,9 @@ class Method:
     repeats: tuple[Run, ...]
 
     def spread(self, metric: str) -> Spread | None:
-        """A metric over the runs that have it; None if none has."""
+        """A metric over the runs that have it as a finite number; None if none has."""
         values = tuple(run.metrics[metric] for run in self.runs if metric in run.metrics)
-        return Spread(values) if values else None
+        return Spread(values, len(self.runs)) if values else None
 
     def numbers(self, key: str) -> Spread | None:
         """A number of the results over the runs that have it; None if none has."""
@@ -59,7 +62,7 @@ class Summary:
     metric: str | None = None
 
     def __post_init__(self) -> None:
-        known = sorted({name for run in self.runs if run.done for name in run.metrics})
+        known = sorted({name for run in self.runs for name in logged(run)})
         if self.metric is not None and self.metric not in known:
             raise ValueError(f"`--metric {self.metric}` is in no run; there are {', '.join(known) or 'none'}.")
 
@@ -101,29 +104,64 @@ class Summary:
 
     @cached_property
     def quality(self) -> str:
-        """The metric that the methods are compared by; empty if no run is done."""
-        done = [run for run in self.runs if run.done and run.metrics]
+        """The metric that the methods are compared by; empty if no run has metrics."""
+        done = [run for run in self.runs if logged(run)]
         if self.metric is not None or not done:
             return self.metric or ""
-        found = objective(done[0])
+        found = objective(done)
         tested = found.replace("val/", "test/")
-        return tested if all(tested in run.metrics for run in done) else found
+        whole = all(tested in logged(run) for run in done)  # one that diverged has it as well
+        return tested if whole and any(tested in run.metrics for run in done) else found
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
         """All metrics of the validation and test set and the training loss, ``quality`` first."""
-        names = dict.fromkeys(name for run in self.runs if run.done for name in run.metrics)
+        names = dict.fromkeys(name for run in self.runs for name in logged(run))
         shown = [name for kind in ("test/", "val/", "train/") for name in names if name.startswith(kind)]
         return tuple(dict.fromkeys([self.quality, *shown])) if self.quality else ()
 
 
-def objective(run: Run) -> str:
-    """The name of the metric that a run returned."""
+def logged(run: Run) -> tuple[str, ...]:
+    """The metrics of a run that is done, also those that are no finite number, as after a divergence."""
+    found = run.results.get("metrics") if run.done else None
+    return tuple(str(name) for name in found) if found else ()
+
+
+def objective(runs: Sequence[Run]) -> str:
+    """The name of the metric that most runs returned: what a config names, else what has the value that was returned.
+
+    One run may leave several open, such as all that are NaN or 0; more runs, or the class of the model, tell.
+
+    Args:
+        runs: Runs that are done, with metrics.
+    """
+    votes = Counter(name for run in runs for name in _returned(run))
+    names = list(dict.fromkeys(name for run in runs for name in logged(run)))
+    fitting = [name for name in names if votes[name] == max(votes.values(), default=0)]
+    if len(fitting) > 1:
+        meant = Counter(name for run in runs if (name := _meant(run)) in fitting)
+        fitting = [name for name, _ in meant.most_common(1)] or fitting
+    return min(fitting, key=lambda name: (not name.startswith("val/"), not name.startswith("test/")))
+
+
+def _returned(run: Run) -> tuple[str, ...]:
+    """The metrics that may be what a run returned, by its config or by their values."""
     named, value = run.config.get("objective"), run.number("objective")
-    if isinstance(named, str) and named in run.metrics:
-        return named
-    order = sorted(run.metrics, key=lambda name: (not name.startswith("val/"), not name.startswith("test/")))
-    return next((name for name in order if run.metrics[name] == value), order[0])
+    if isinstance(named, str) and named in logged(run):
+        return (named,)
+    return tuple(name for name in logged(run) if "objective" in run.results and run.metrics.get(name) == value)
+
+
+def _meant(run: Run) -> str:
+    """The metric that the class of the model returns; empty if that is not known."""
+    model = run.config.get("model")
+    # Classes of others are not imported: a page must not run what a folder names.
+    if not isinstance(model, dict) or not str(model.get("_target_")).startswith("apportion.recipes.tasks."):
+        return ""
+    try:
+        return objective_of(OmegaConf.create({"model": model}))
+    except Exception:  # a config of another version, or cut short
+        return ""
 
 
 def seeds(config: Any, key: str = "") -> tuple[tuple[str, str], ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from apportion import comparison, report
 from apportion.recipes.report.reported import Figure, ours
-from apportion.recipes.report.summary import Method, Summary
+from apportion.recipes.report.summary import Method, Summary, logged
 from apportion.recipes.sweeps.runs import Run
 from apportion.report_groups import Spread
 from apportion.report_page import Cell, Table
@@ -20,7 +20,7 @@ def methods(summary: Summary) -> Table:
     settings = [_column([method.cells[at] for method in shown]) for at in range(len(summary.columns))]
     rows = []
     for at, method in enumerate(shown):
-        metrics = [_spread(method.spread(metric)) for metric in summary.metrics]
+        metrics = [_metric(method, metric) for metric in summary.metrics]
         took = [_spread(method.numbers("seconds")), _spread(method.numbers("steps"), "{:,.0f}")]
         trained = _spread(method.numbers("trainable"), "{:,.0f}")
         rows.append((_named(method.label), *metrics, *took, trained, *(column[at] for column in settings)))
@@ -32,6 +32,13 @@ def methods(summary: Summary) -> Table:
 
 def _named(text: str) -> Cell:
     return text, text
+
+
+def _metric(method: Method, metric: str) -> Cell:
+    found = method.spread(metric)
+    if found is None and any(metric in logged(run) for run in method.runs):
+        return f"- (0 of {len(method.runs)})", None
+    return _spread(found)
 
 
 def _spread(found: Spread | None, form: str = "") -> Cell:
@@ -69,9 +76,15 @@ def runs(summary: Summary) -> Table:
         for run in (*method.runs, *method.repeats):
             seed = run.config.get("seed")
             seeded: Cell = (str(seed), float(seed)) if isinstance(seed, int | float) else NOTHING
-            values = [_number(run.metrics.get(metric)) for metric in summary.metrics]
+            values = [_value(run, metric) for metric in summary.metrics]
             rows.append((_named(run.name), _named(method.label), seeded, *values, _number(run.number("seconds"))))
     return Table(("folder", "method", "seed", *summary.metrics, "seconds of the fit"), tuple(rows))
+
+
+def _value(run: Run, metric: str) -> Cell:
+    if metric in logged(run) and metric not in run.metrics:
+        return "not finite", None
+    return _number(run.metrics.get(metric))
 
 
 def _number(value: float | None) -> Cell:
