@@ -24,6 +24,8 @@ FIXED_SET = {
     "XLAStrategy": "XLA compiles one graph per set of trainable parameters",
 }
 
+AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
+
 
 def strategy(trainer: Any, label: str) -> None:
     """Refuses strategies under which a changing set of trainable parameters drifts or is lost."""
@@ -61,7 +63,15 @@ def _kinds(thing: Any) -> set[str]:
 
 def neighbours(trainer: Any, label: str) -> None:
     """Refuses callbacks that decide about the same things."""
+    ranks = [c.label for c in trainer.callbacks if getattr(getattr(c, "slots", None), "grain", None) == "rank"]
     for callback in trainer.callbacks:
+        if ranks and AVERAGES & _kinds(callback):
+            raise ValueError(
+                f"`{ranks[0]}` changes which ranks there are, and `{type(callback).__name__}` averages weights over "
+                "steps: ranks that are out would come back, and tensors that change their shape do not fit its copy. "
+                f"Leave the average out, or take it in a later fit without `{ranks[0]}`, of a plain LoRA of the ranks "
+                "that are left (`apportion.lora_export.to_lora` makes it of AdaLoRA adapters)."
+            )
         if "BaseFinetuning" in _kinds(callback):
             raise ValueError(
                 f"`{label}` and `{type(callback).__name__}` both set `requires_grad` and the param groups, and would "

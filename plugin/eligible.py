@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from apportion import wrapped
+
 
 def check(optimizers: Sequence[Optimizer]) -> None:
     """Refuses optimizers from which no parameter can be taken out and brought back.
 
     Raises:
-        ValueError: If one keeps a list of its own, is fused SGD with momentum, or shares parameters with another.
+        ValueError: If one steps another that it holds, keeps a list of its own, is fused SGD with momentum, or shares
+            parameters with another.
     """
     for optimizer in optimizers:
+        wrapped.check_optimizer(optimizer)
         if hasattr(optimizer, "_params"):
             raise ValueError(
                 f"`{type(optimizer).__name__}` keeps its own list of parameters from the start, so nothing can be "
@@ -64,23 +68,30 @@ def check_entries(optimizers: Sequence[Optimizer]) -> None:
     """Refuses optimizers that treat the entries of a matrix otherwise than the same entries as a vector.
 
     Each is tried on an 8 x 8 matrix of which half the entries have a gradient, and on those entries by themselves:
-    after three steps both must be equal, bit for bit.
+    after three steps both must have moved, and be equal, bit for bit.
 
     Raises:
-        ValueError: If one fails, or its values differ.
+        ValueError: If one fails, moves nothing, or its values differ.
     """
     for optimizer in optimizers:
+        wrapped.check_optimizer(optimizer, views=False)  # a trial of a copy would step the one inside, which is no copy
         for group in optimizer.param_groups:
             if not group["params"]:
                 continue
             device = group["params"][0].device
             try:
-                whole, alone, index = _tried(optimizer, group, device)
+                start, whole, alone, index = _tried(optimizer, group, device)
             except Exception as error:
                 raise ValueError(
                     f"`{type(optimizer).__name__}` does not step a vector of entries ({error}), so it cannot train "
                     "single entries of matrices: use an elementwise optimizer such as AdamW or SGD."
                 ) from error
+            if torch.equal(whole.detach().view(-1), start):
+                raise ValueError(
+                    f"`{type(optimizer).__name__}` does not move what stands in its param groups (three steps on a "
+                    "matrix with gradients changed nothing): it steps a list of its own, so what is selected would not "
+                    "train. Use an optimizer that steps its param groups, such as AdamW or SGD."
+                )
             if not torch.equal(whole.detach().view(-1)[index], alone.detach()):
                 raise ValueError(
                     f"`{type(optimizer).__name__}` gives single entries of a matrix other values when they stand by "
@@ -89,8 +100,10 @@ def check_entries(optimizers: Sequence[Optimizer]) -> None:
                 )
 
 
-def _tried(optimizer: Optimizer, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix after three steps of a copy of ``optimizer``, its chosen entries after the same, and their indices."""
+def _tried(optimizer: Optimizer, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A matrix before (flat) and after three steps of a copy of ``optimizer``, its chosen entries after the same, and
+    their indices.
+    """
     size = 64  # half of it fills vector registers: fused kernels on a CPU may round what is left over otherwise
     index = torch.arange(size, device=device).view(-1, 4)[:, [0, 3]].flatten()
     values = torch.linspace(-2.0, 3.0, size, device=device).sin()
@@ -104,7 +117,7 @@ def _tried(optimizer: Optimizer, group: dict[str, Any], device: torch.device) ->
             mask[index] = 1.0
             p.grad = (grad * mask).view(8, 8) if chosen is None else grad[chosen]
             trial.step()
-    return whole, alone, index
+    return values, whole, alone, index
 
 
 def _visible(group: dict[str, Any]) -> dict[str, Any]:

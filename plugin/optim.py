@@ -6,13 +6,13 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apportion import checks, clips, sync
+from apportion import checks, clips, sync, trainer_clips, wrapped
 from apportion.calibrate import Term, gather
 from apportion.candidates import Calibration
 from apportion.entry_selection import EntrySelection
@@ -44,7 +44,8 @@ class Selective(Optimizer):
             scaler, or clipping in a loop of one's own, then comes too early for entries that join at that step.
 
     Raises:
-        ValueError: If no unit is found, the optimizer lacks parameters, or the method needs a probe that is not given.
+        ValueError: If no unit is found, the optimizer lacks parameters, the method needs a probe that is not given, or
+            one of optimizer and model is in the hands of a wrapper that rules a selection out.
 
     Example:
         >>> from apportion.callbacks import LISA
@@ -82,6 +83,7 @@ class Selective(Optimizer):
             raise ValueError(
                 f"`Selective(micro_batches={micro_batches})` must be at least 1, or None: it counts backward passes."
             )
+        wrapped.check_model(model, method.label)
         self.epoch_steps, self.total_steps, self.micro_batches = epoch_steps, total_steps, micro_batches
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.base, self.method = optimizer, method
@@ -93,7 +95,7 @@ class Selective(Optimizer):
         self._probe = _probe_of(probe, model) if probe is not None else None
         self._reducer = sync.Reducer()
         self._key = f"{self.selection.label}@{id(self):x}"
-        self._unchecked = False
+        self._unchecked, self._stepped = False, False
         zeroing: list[ZeroGrad] = []
         # Whoever drops the wrapper without `close` has the model back as it was found all the same.
         self._end = weakref.finalize(self, _end, method.slots.effect, self.owner, self._key, zeroing)
@@ -158,6 +160,9 @@ class Selective(Optimizer):
             self._unchecked = True
         self._reducer.reduce([p for p in self.owner.training() if p not in self.owner.averaged])
         self._stage.finish(1.0)
+        if not self._stepped and self.owner.displaced(self._key):
+            trainer_clips.in_stack(sys._getframe(1), self.selection.label)
+        self._stepped = True
         if self._unchecked and not checks.skipped(self.base):
             self._check()
             self._unchecked = False
@@ -206,6 +211,14 @@ class Selective(Optimizer):
         if selection is not None:
             self._stage.arm(self.micro_batches, None)
             self._stage.announce(final=True)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuses `copy` and `pickle`: what steps in place of the model's parameters belongs to one model."""
+        raise TypeError(
+            f"`Selective(...)` of `{self.selection.label}` cannot be copied or pickled: it has hooks on its model. "
+            "Save its `state_dict()`. For a second one, build model and optimizer anew, put a `Selective` around them, "
+            "and load the `state_dict()` of the model and of this one."
+        )
 
     def close(self) -> None:
         """Ends the selection and leaves the model and the optimizer as they were found.
