@@ -32,6 +32,7 @@ class Blended:
         self.watch: Watch | None = None
         self.index = torch.empty(0, dtype=index_type(p), device=p.device)
         self.origin = p.detach().clone()
+        self._begun = False
         self.sum = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         self._handle = p.register_post_accumulate_grad_hook(self._arrived)
 
@@ -57,7 +58,10 @@ class Blended:
 
     @torch.no_grad()
     def before_step(self, p: nn.Parameter) -> None:
-        """Adds the gradient, averaged and clipped, to the sum."""
+        """Adds the gradient, averaged and clipped, to the sum; the first values are those that the first step meets."""
+        if not self._begun:  # weights may have been loaded since the run was set up
+            self.origin.copy_(p)
+            self._begun = True
         if p.grad is not None:
             self.sum.add_(p.grad)
 
@@ -75,6 +79,7 @@ class Blended:
     def restore(self, p: nn.Parameter, saved: dict[str, Tensor]) -> None:
         """Takes up saved first values and sums."""
         if saved:
+            self._begun = True
             self.origin = saved["origin"].to(device=p.device, dtype=p.dtype, copy=True)
             self.sum = saved["sum"].to(device=p.device, dtype=torch.float32, copy=True)
 

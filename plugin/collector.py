@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,9 @@ class Collector:
         self._times = [0] * len(stores)
         self._order = list(range(len(stores)))[::-1]
         self._next = 0
+        self._aside: dict[int, Tensor | None] = {}
+        # Optimizers take turns under manual optimization alone, where nobody announces how many passes there are.
+        self._guards = [] if passes is not None else [self._guard(i) for i in range(len(stores))]
         for i, store in enumerate(stores):
             store.watch = partial(self._see, i)
 
@@ -78,6 +82,9 @@ class Collector:
 
     def _see(self, i: int, p: nn.Parameter) -> bool:
         """Whether the gradient of tensor ``i`` is seen to; True as long as it has to stay."""
+        if not self.stores[i].leaf.requires_grad:  # another optimizer's turn
+            p.grad = self._aside.pop(i, None)
+            return True
         if self.again is not None:
             self.again()
             watch = self.stores[i].watch
@@ -104,6 +111,21 @@ class Collector:
             self._next += 1
         return True
 
+    def _guard(self, i: int) -> Any:
+        """Keeps what stays of the gradient of tensor ``i`` apart from one that comes in another optimizer's turn.
+
+        Lightning's `toggle_optimizer` freezes the leaf, but not the tensor, whose gradients autograd goes on summing.
+        """
+        p, store = self.bound.tensors[i], self.stores[i]
+        if store.leaf is p or not p.requires_grad:
+            return None
+
+        def part(grad: Tensor) -> None:
+            if not store.leaf.requires_grad:
+                self._aside[i], p.grad = p.grad, None
+
+        return p.register_hook(part)
+
     def flush(self) -> None:
         """Looks at what is left, and stops looking."""
         self.look_at_rest()
@@ -129,6 +151,10 @@ class Collector:
         """Stops looking; the stores go on alone."""
         for store in self.stores:
             store.watch = None
+        for guard in self._guards:
+            if guard is not None:
+                guard.remove()
+        self._guards = []
 
     @torch.no_grad()
     def _look(self, i: int) -> None:

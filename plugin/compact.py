@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apportion import ages
-from apportion.stores import Carry, Picks, Watch, among, index_type, read, write
+from apportion.stores import Carry, Picks, Watch, among, index_type, read, stamp, write
 from apportion.tiled import SparseForward
 
 
@@ -85,16 +85,22 @@ class Gathered:
         if fate.leaving == "revert":
             self.origin = torch.empty(0, dtype=p.dtype, device=p.device)
         self._rounds = p.dtype != kind
-        self._version = p._version
+        self._stamp: tuple[int, int] | None = stamp(p)
+        self._stepped = False  # since the first selection
         self._before: Tensor | None = None
         self._young: Tensor | None = None
         self._counter: Tensor | None = None  # the step that `_young` was found with
+        p.grad = None  # of a step before, which nobody could free any more
         self._handle = p.register_post_accumulate_grad_hook(self._arrived)
         self._forward = None if layer is None else SparseForward(layer, p, self, self._handle.id, capture)
 
     def _arrived(self, p: Any) -> None:
-        if p.grad is not None and not (self.watch is not None and self.watch(p)):
+        if p.grad is None or (self.watch is not None and self.watch(p)):
+            return
+        if self.leaf.requires_grad:
             self.collect(p)
+        else:  # another optimizer's turn, by Lightning's `toggle_optimizer`
+            p.grad = None
 
     @torch.no_grad()
     def collect(self, p: nn.Parameter) -> None:
@@ -140,17 +146,19 @@ class Gathered:
         self.leaf.data = values.new_empty(0, dtype=torch.float16)
         self.index, self.leaf.data = new, values
         self.leaf.grad = grad
-        self._version = p._version
+        self._stamp = stamp(p)
 
     @torch.no_grad()
     def take_up(self, p: nn.Parameter) -> None:
         """Reads the selected values anew, if others have written into the parameter since."""
-        if p._version == self._version:
+        if stamp(p) == self._stamp:
             return
         now = read(p, self.index)
         same = self.leaf.to(p.dtype) == now  # the leaf may know more digits
         self.leaf.data = torch.where(same, self.leaf, now.to(self.leaf.dtype))
-        self._version = p._version
+        if self.origin is not None and not self._stepped:  # weights loaded after the first selection was made
+            self.origin = now
+        self._stamp = stamp(p)
 
     def vacate(self) -> None:
         """Lets go of index, values, ages and values to go back to."""
@@ -185,7 +193,7 @@ class Gathered:
             self._before = None
         if len(self.index):
             write(p, self.index, self.leaf.detach())
-        self._version = p._version
+        self._stamp, self._stepped = stamp(p), True
 
     def saved(self) -> dict[str, Tensor]:
         """Masters where the parameter is rounder than they are, ages, and values to go back to."""
@@ -202,11 +210,13 @@ class Gathered:
             )
         values = saved.get("master", read(p, self.index))
         self.leaf.data = values.to(device=p.device, dtype=self.leaf.dtype, copy=True)
+        self._stamp = None  # weights may have been written after the step that the masters are of
         if self.age is not None and "age" in saved:
             self.age = saved["age"].to(device=p.device, dtype=torch.int32, copy=True)
             self._young = None
         if self.origin is not None and "origin" in saved:
             self.origin = saved["origin"].to(device=p.device, dtype=p.dtype, copy=True)
+            self._stepped = True
 
     def close(self) -> None:
         """Removes the hook; the parameter keeps its last values."""

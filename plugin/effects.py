@@ -36,7 +36,9 @@ class Freeze:
             gradient's size). ``offload`` moves it to (pinned) CPU memory and brings it back; ``keep`` leaves it on the
             device.
         master: ``fp32`` trains half-precision units through full-precision copies, which exist for what is selected;
-            None leaves the precision to the optimizer and the Trainer.
+            None leaves the precision to the optimizer and the Trainer. What others write into a weight, such as loaded
+            or averaged weights, is taken up at the next step; writes through ``.data`` are not seen, so use
+            `torch.no_grad()`.
 
     Raises:
         ValueError: If ``state`` or ``master`` is unknown.
@@ -87,6 +89,9 @@ class Compact:
 
     Gradients are clipped over what is selected, by Lightning's ``gradient_clip_val`` or over the optimizer's
     parameters. `clip_grad_norm_(model.parameters())` would find no gradient.
+
+    What others write into a weight, such as loaded or averaged weights, is taken up at the next step. Writes through
+    ``.data`` are not seen, as all values would have to be compared at every step: use `torch.no_grad()`.
 
     Args:
         kept: Entries that stay selected ``keep`` value, moments and age, or ``reset`` the moments and the step count of

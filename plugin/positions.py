@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from apportion.stores import digest
+
 if TYPE_CHECKING:
     from apportion.owner import Owner
-    from apportion.stores import Store
+    from apportion.stores import Narrow
 
 
 def _numbered(owner: Owner, optimizer: Optimizer) -> Iterator[tuple[int, nn.Parameter]]:
@@ -57,14 +59,17 @@ def spread_out(owner: Owner, optimizer: Optimizer, state_dict: dict[str, Any]) -
 def kept_beside(owner: Owner, optimizer: Optimizer) -> dict[int, dict[str, Any]]:
     """State of parameters of which single entries are selected, by full position.
 
-    It stands beside the state of whole parameters, where an optimizer without the selection passes it over.
+    It stands beside the state of whole parameters, where an optimizer without the selection passes it over. ``index``
+    is a digest of the entries that it is of.
     """
     beside: dict[int, dict[str, Any]] = {}
     for i, p in _numbered(owner, optimizer):
         slot = owner.slots[p]
         if slot.store is not None and slot.master is None:
-            state = {} if slot.store.leaf is p else (optimizer.state.get(slot.store.leaf) or slot.parked or {})
-            beside[i] = {**state, **slot.store.saved()}
+            beside[i] = slot.store.saved()
+            if slot.store.leaf is not p:
+                state = optimizer.state.get(slot.store.leaf) or slot.parked or {}
+                beside[i] = {"index": digest(slot.narrow.index), **state, **beside[i]}
     return beside
 
 
@@ -96,13 +101,13 @@ def take_in(owner: Owner, optimizer: Optimizer, state_dict: dict[str, Any]) -> d
         slot, found = owner.slots[p], state.pop(ids[i], None)
         slot.parked = None
         if slot.store is not None and slot.master is None:
-            found = _entries(slot.store, p, found, beside.get(i, {}))
+            found = _entries(slot.narrow, p, found, beside.get(i, {}))
         if found:
             found = _reshaped(found, slot.resized and slot.resized[0], p.shape, same=False)
         if found and slot.trains:
             master = found.get("master")
             if master is not None and slot.master is not None:
-                slot.master.leaf.data.copy_(master)
+                slot.master.restore(p, {"master": master})
             rest = {k: v for k, v in found.items() if k != "master"}
             if rest:
                 state[ids[i]] = rest
@@ -113,9 +118,21 @@ def take_in(owner: Owner, optimizer: Optimizer, state_dict: dict[str, Any]) -> d
 
 
 def _entries(
-    store: Store, p: nn.Parameter, whole: dict[str, Any] | None, beside: dict[str, Any]
+    store: Narrow, p: nn.Parameter, whole: dict[str, Any] | None, beside: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The optimizer's state for the store of single entries, which takes up what else was saved with it."""
+    """The optimizer's state for the store of single entries, which takes up what else was saved with it.
+
+    Raises:
+        ValueError: If it was saved of other entries. Files from before 0.1.0 do not tell, but for their number.
+    """
+    beside = dict(beside)
+    entries = beside.pop("index", None)
+    if beside and store.leaf is not p and entries is not None and entries != digest(store.index):
+        raise ValueError(
+            f"`load_state_dict(...)` was given the optimizer's state for other entries of a tensor of shape "
+            f"{tuple(p.shape)} than the {len(store.index)} that are selected: load the selection that was saved with "
+            "it (resume with the same callback, under the same `name`), or the weights alone."
+        )
     extra = {k: v for k, v in beside.items() if k in ("master", "age", "origin", "sum")}
     store.restore(p, extra)
     if store.leaf is p:

@@ -7,6 +7,7 @@ Held       the parameter itself; what is not selected is put back after the step
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,7 +26,10 @@ class Store(Protocol):
     """What stands in the param group."""
 
     def before_step(self, p: nn.Parameter) -> None:
-        """Right before the optimizer's step; not called for a step that a gradient scaler skips."""
+        """Right before the optimizer's step; not called for a step that a gradient scaler skips.
+
+        Whatever others have written into the parameter since the last step is taken up here at the latest.
+        """
 
     def write_through(self, p: nn.Parameter) -> None:
         """Right after the optimizer's step: gives the parameter its new values."""
@@ -168,6 +172,30 @@ def merged(old: Tensor, new: Tensor) -> Tensor:
 def index_type(p: Tensor) -> torch.dtype:
     """The smallest type that counts the entries of ``p``: int32 below 2^31 of them."""
     return torch.int32 if p.numel() < 2**31 else torch.int64
+
+
+def stamp(p: Tensor) -> tuple[int, int]:
+    """Tells whether others have written into ``p``: another one after `p.add_()` or `p.data = ...`.
+
+    It is the same after `p.data.add_()`, which leaves no trace but the values.
+
+    Example:
+        >>> p = torch.ones(2)
+        >>> before = stamp(p)
+        >>> stamp(p) == before, stamp(p.add_(1)) == before
+        (True, False)
+    """
+    return p._version, p.untyped_storage()._cdata
+
+
+def digest(index: Tensor) -> str:
+    """What a checkpoint holds in place of ``index``, to tell whether state is of the same entries.
+
+    Example:
+        >>> digest(torch.tensor([1, 4])) == digest(torch.tensor([1, 5]))
+        False
+    """
+    return hashlib.sha256(index.cpu().numpy().data).hexdigest()
 
 
 def read(p: Tensor, index: Tensor) -> Tensor:
