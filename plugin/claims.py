@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +14,21 @@ from apportion import eligible
 
 if TYPE_CHECKING:
     from apportion.owner import Owner
+
+
+def plain(key: str) -> str:
+    """A selection as its user knows it.
+
+    Args:
+        key: That of its state in a checkpoint, or of a `Selective`.
+
+    Example:
+        >>> plain("LISA{'name': None}"), plain("LISA{'name': 'a'}"), plain("LISA@7f3a")
+        ('LISA', "LISA(name='a')", 'LISA')
+    """
+    label, _, settings = key.partition("@")[0].partition("{")
+    named = re.search(r"'name': '(.*)'", settings)
+    return f"{label}(name={named[1]!r})" if named else label
 
 
 @dataclass(eq=False)
@@ -68,8 +84,8 @@ def check(
     missing = [name for name, p in covered.items() if p not in owner.slots]
     if missing:
         raise ValueError(
-            f"No optimizer holds {len(missing)} of the {len(covered)} parameters that `{key}` selects from, such "
-            f"as {', '.join(missing[:3])}: they would be unfrozen but never trained. Build the optimizer over all "
+            f"No optimizer holds {len(missing)} of the {len(covered)} parameters that `{plain(key)}` selects from, "
+            f"such as {', '.join(missing[:3])}: they would be unfrozen but never trained. Build the optimizer over all "
             "parameters that may ever train (in `configure_optimizers`, before anything is frozen), or exclude "
             "these from the units."
         )
@@ -84,7 +100,7 @@ def check(
         ]
         if other != key and shared and (claim.state, claim.master) != (state, master):
             raise ValueError(
-                f"`{key}` and `{other}` both decide about {shared[0]}, one with state={state!r}, "
+                f"`{plain(key)}` and `{plain(other)}` both decide about {shared[0]}, one with state={state!r}, "
                 f"master={master!r}, the other with state={claim.state!r}, master={claim.master!r}: give both the "
                 "same effect."
             )
@@ -97,11 +113,11 @@ def _check_apart(owner: Owner, key: str, name: str, p: nn.Parameter) -> None:
     for other, claim in owner.claims.items():
         if p in claim.alone:
             raise ValueError(
-                f"`{key}` and `{other}` both select entries or ranks of {name}: give each parameter to one of "
-                "them, by `pattern=` or `exclude=`."
+                f"`{plain(key)}` and `{plain(other)}` both select entries or ranks of {name}: give each "
+                "parameter to one of them, by `pattern=` or `exclude=`."
             )
     if owner.slots[p].store is not None:
-        raise ValueError(_COPIED.format(entries=key, name=name, whole="another selection"))
+        raise ValueError(_COPIED.format(entries=plain(key), name=name, whole="another selection"))
 
 
 def _check_copies(
@@ -113,6 +129,6 @@ def _check_copies(
             continue
         for other, claim in owner.claims.items():
             if p in claim.narrow and not split and master == "fp32":
-                raise ValueError(_COPIED.format(entries=other, name=name, whole=f"`{key}`"))
+                raise ValueError(_COPIED.format(entries=plain(other), name=name, whole=f"`{plain(key)}`"))
             if name in split and p in claim.covered and not claim.narrow and claim.master == "fp32":
-                raise ValueError(_COPIED.format(entries=key, name=name, whole=f"`{other}`"))
+                raise ValueError(_COPIED.format(entries=plain(key), name=name, whole=f"`{plain(other)}`"))

@@ -3,6 +3,7 @@
 setup                     refuse what would fail silently; DDP is told to leave the candidates alone
 on_fit_start              find the units, own the param groups, apply the saved or the first selection
 on_train_start            restore random number states (everything else is restored by now)
+on_train_epoch_start      show whose `requires_grad` is whose, as at the end of an epoch
 on_train_batch_start      first micro-batch of a window: probe, select, freeze
 on_before_backward        tell gradients of the last micro-batch from others, for selections that they decide about
 on_after_backward         last micro-batch of a window: make such a selection, average gradients over ranks
@@ -18,13 +19,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
+from weakref import ReferenceType, ref
 
-from apportion import checks, clips, randomness, sync
+from apportion import checks, clips, randomness, sync, trainers
+from apportion.candidates import Candidates
+from apportion.chosen_by import ChosenBy, decided
+from apportion.clipping import Clipping
 from apportion.entry_selection import EntrySelection
 from apportion.kinds import selection_of, stage_of
 from apportion.owner import Owner
 from apportion.probing import TrainerProbe
 from apportion.selection import History, Selection, Slots
+from apportion.turns import Turns
 from apportion.types import Budget, Effect, Units, When
 from apportion.windows import Stage, loss_scale, run_clock
 from apportion.zeroing import ZeroGrad
@@ -46,6 +52,8 @@ class SelectiveTuning(_Callback):
     """While a model is fine-tuned, trains at every step only the units that five slots select.
 
         mask_t = rule(score_t, budget_t);   effect: units with mask_t train, the others do not move by one bit
+
+    A further `fit` of the same module goes on with the selection; a fit of another module starts anew.
 
     Args:
         units: What is scored and selected.
@@ -101,8 +109,13 @@ class SelectiveTuning(_Callback):
         self._drawn = 0
         self._rng: list[dict[str, Any]] | None = None
         self._stage = Stage()
-        self._clipping: Any = None  # the precision plugin whose clipping waits for us
+        self._clipping: Clipping | None = None
         self._zeroing: ZeroGrad | None = None
+        self._turns: Turns | None = None
+        self._chosen_by: ChosenBy | None = None
+        self._ddp = False
+        self._late = False  # the last step is counted, but what follows a step is not done
+        self._met: ReferenceType[Any] | None = None  # the module that the selection is about
 
     def __repr__(self) -> str:
         slots = ", ".join(f"{k}={v!r}" for k, v in vars(self.slots).items())
@@ -119,6 +132,9 @@ class SelectiveTuning(_Callback):
             "_unchecked": set(),
             "_clipping": None,
             "_zeroing": None,
+            "_turns": None,
+            "_chosen_by": None,
+            "_met": None,
         }
 
     @property
@@ -133,7 +149,7 @@ class SelectiveTuning(_Callback):
 
     @property
     def history(self) -> History:
-        """Every selection made so far, over resumes as well."""
+        """Every selection made so far on the present module, over resumes as well."""
         return self.selection.history
 
     def new_selection(self) -> Selection:
@@ -146,51 +162,44 @@ class SelectiveTuning(_Callback):
         """Refuses what cannot work, before anything is built on it."""
         if stage != "fit":
             return
+        if self._met is not None and self._met() is not pl_module:
+            self.selection, self._drawn, self._late = self.new_selection(), 0, False
         self._seen_epoch = -1  # a fit begins an epoch; a checkpoint may say otherwise
         checks.strategy(trainer, self.label)
         checks.neighbours(trainer, self.label)
-        # The finders of learning rate and batch size train in their `on_fit_start`: they must meet what we select.
-        finders = checks.finders(trainer)
-        if finders:
-            if "grad" in self.slots.score.needs and self.selection.count == 0:
-                raise ValueError(
-                    f"`{self.label}` makes its first selection from the gradients of the first step, but "
-                    f"`{type(finders[0]).__name__}` trains before that, and would train nothing of it: leave it out."
-                )
-            if self.selection.needs_probe and self.selection.count == 0 and self.probe_data is None:
-                raise ValueError(
-                    f"`{self.label}` probes the first training batch to make its first selection, but "
-                    f"`{type(finders[0]).__name__}` trains before that, and would train everything: give `probe_data`."
-                )
-            ours = [c for c in trainer.callbacks if isinstance(c, SelectiveTuning)]
-            trainer.callbacks = ours + [c for c in trainer.callbacks if c not in ours]
+        trainers.finders(trainer, self.selection, self.probe_data is not None, SelectiveTuning)
         prepare = getattr(self.slots.units, "prepare", None)
         if prepare is not None:  # it may change the model, so it comes before the optimizers and the checkpoint
             trainer.strategy.model_to_device()
             probe = TrainerProbe(trainer, pl_module, self.probe_data, self.probe_loss, seed=self.seed)
             with probe.batches() as batches:
                 prepare(pl_module, batches, probe.measure)
-        if trainer.world_size > 1:
+        self._ddp = trainers.wraps(trainer)
+        if self._ddp:
             pl_module._ddp_params_and_buffers_to_ignore = sync.IgnoredNames(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Finds the units, takes over the param groups and applies the saved or the first selection."""
+        self._met = ref(pl_module)
         self._owner = Owner.of(trainer.optimizers)
+        self._owner.flags.hide()
         bound = checks.meet(self.selection, self._owner, pl_module)
         checks.buffers(bound, self.label)
-        if trainer.world_size > 1:
+        if self._ddp:
             sync.take_over(trainer.strategy.model, [p for p in pl_module.parameters() if p.requires_grad])
         self.slots.effect.open(self._owner, self.state_key, bound)
         if self._owner.claims[self.state_key].narrow or self._owner.displaced(self.state_key):
             self._zeroing = ZeroGrad(pl_module, self._owner.free)
         self._probe = TrainerProbe(trainer, pl_module, self.probe_data, self.probe_loss, self._drawn, self.seed)
-        self._window_open, self._seen_step = True, trainer.global_step
+        self._window_open, self._seen_step = True, -1
         if self._owner.displaced(self.state_key):
             clips.in_module(pl_module, self.label)
-        by_gradients = isinstance(self.selection, EntrySelection) and "grad" in self.slots.score.needs
-        if by_gradients and not pl_module.automatic_optimization:
+        by_gradients = "grad" in self.slots.score.needs and not pl_module.automatic_optimization
+        if by_gradients and isinstance(bound, Candidates):
             checks.scaling(trainer, self.label)
-            self._settle_before_clipping(trainer)
+            self._clipping = Clipping(trainer.precision_plugin, partial(self._decide, trainer))
+            if len(self._owner.optimizers) > 1:
+                self._turns = Turns(self._owner, bound, self.label)
         self._stage = stage_of(self._owner, self.state_key, self.selection)
         self._stage.begin(partial(run_clock, trainer))
         if self.selection.count:
@@ -200,22 +209,19 @@ class SelectiveTuning(_Callback):
         elif not self.selection.needs_probe or self.probe_data is not None or self.slots.grain == "entry":
             self._select(trainer)
             self._drawn = self._probe.drawn
-
-    def _settle_before_clipping(self, trainer: Any) -> None:
-        """Makes ``self.clip_gradients`` of manual optimization find the gradients of what the step has chosen."""
-        clip = trainer.precision_plugin.clip_gradients
-
-        def clip_settled(*args: Any, **kwargs: Any) -> Any:
-            self._settle(trainer)
-            self._stage.finish(1.0)
-            return clip(*args, **kwargs)
-
-        self._clipping = trainer.precision_plugin
-        trainer.precision_plugin.clip_gradients = clip_settled
+            by_weights = "weight" in self.slots.score.needs and self.selection.count > 0
+            if by_weights and decided(self.history) and not checks.finders(trainer):
+                self._chosen_by = ChosenBy(self._owner.claims[self.state_key].covered)
+        if not checks.finders(trainer):  # they train now, and what they train is what is selected
+            self._owner.flags.show(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Restores the random number states of an interrupted run."""
         checks.loader(trainer, self.label)
+        if self._late and self._owner is not None:
+            self._owner.flags.check(pl_module)
+            self._conclude_step(trainer)
+        self.on_train_epoch_start(trainer, pl_module)
         self._seen_step = trainer.global_step
         if self._rng is not None:
             if len(self._rng) == trainer.world_size:
@@ -228,15 +234,30 @@ class SelectiveTuning(_Callback):
                 )
             self._rng = None
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Shows ``requires_grad`` as the user left it until the next batch, since many a user freezes here."""
+        if self._owner is not None:
+            self._owner.flags.show(pl_module)
+
+    on_train_epoch_end = on_train_epoch_start
+
     # One step ---------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Before the first micro-batch of a window: updates the score, selects anew, switches."""
-        if self._owner is not None and trainer.world_size > 1:
+        if self._owner is None:
+            return
+        if self._ddp:
             sync.hold_back(trainer.strategy.model, fresh=self._window_open)
-        if not self._window_open or self._owner is None:
+        if self._leads and (self._window_open or self._owner.flags.shown):
+            trainers.same_optimizers(trainer, self._owner, self.label)
+            self._owner.flags.check(pl_module, glance=True)
+        if not self._window_open:
             return
         assert self._probe is not None
+        if self._chosen_by is not None:
+            self._chosen_by.check(self.label)
+            self._chosen_by = None
         self._probe.current = batch
         self._select(trainer)
         self._seen_epoch = trainer.current_epoch
@@ -254,13 +275,14 @@ class SelectiveTuning(_Callback):
 
     def _select(self, trainer: Any) -> None:
         needs_total = getattr(self.slots.budget, "finish", 0) is None
-        total = int(trainer.estimated_stepping_batches) if needs_total else None
+        total = trainers.length(trainer) if needs_total else None
         fresh = trainer.current_epoch != self._seen_epoch
         if self.selection.advance(trainer.current_epoch, fresh, total, self._probe):
             self._apply(trainer)
 
     def _apply(self, trainer: Any) -> None:
         assert self._owner is not None
+        self._owner.flags.check(trainer.lightning_module)
         self.slots.effect.apply(self._owner, self.state_key, self.selection.bound, self.selection.choice)
         self._switched(trainer)
 
@@ -283,11 +305,20 @@ class SelectiveTuning(_Callback):
     def _settle(self, trainer: Any) -> None:
         if self._stage.settle():
             self._switched(trainer)
+            if self._turns is not None:
+                self._turns.settled()
+
+    def _decide(self, trainer: Any) -> None:
+        """Under manual optimization, what has to be done once all gradients of the step are there."""
+        self._settle(trainer)
+        self._stage.finish(1.0)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """At the first step after a switch: the selected units must have had gradients."""
         # Under automatic optimization it has been settled, unless the last micro-batch had no loss.
         self._settle(trainer)
+        if self._turns is not None:
+            self._turns.stepped(optimizer)
         if not pl_module.automatic_optimization:
             self._stage.finish(1.0)
         if optimizer not in self._unchecked or self._owner is None or checks.skipped(optimizer):
@@ -313,14 +344,18 @@ class SelectiveTuning(_Callback):
         self._seen_step = trainer.global_step
         self.selection.step += 1
         self._window_open = True
-        if self._stage.after_step(partial(run_clock, trainer)):
-            self._switched(trainer)
+        self._conclude_step(trainer)
         if self._trails and pl_module.automatic_optimization:  # Lightning would keep them through the next forward pass
             for p in self._owner.training():
                 p.grad = None
         self._stage.end()
         logged = {**self.selection.metrics(), **self._stage.metrics()}
         pl_module.log_dict({f"{self.label}/{k}": v for k, v in logged.items()})
+
+    def _conclude_step(self, trainer: Any) -> None:
+        self._late = False
+        if self._stage.after_step(partial(run_clock, trainer)):
+            self._switched(trainer)
 
     @property
     def _leads(self) -> bool:
@@ -341,6 +376,9 @@ class SelectiveTuning(_Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leaves the model and the optimizers as they were found; a checkpoint can still be written."""
+        if self._stepped(trainer):
+            self.selection.step += 1
+            self._seen_step, self._late = trainer.global_step, True
         self._release(pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -350,34 +388,49 @@ class SelectiveTuning(_Callback):
 
     def _release(self, pl_module: Any) -> None:
         pl_module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
-        if self._clipping is not None:
-            vars(self._clipping).pop("clip_gradients", None)
-        if self._zeroing is not None:
-            self._zeroing.detach()
+        for stands in (self._clipping, self._zeroing, self._turns):
+            if stands is not None:
+                stands.detach()
         owner = self._owner
         self._owner = self._probe = self._rng = self._clipping = self._zeroing = None
+        self._turns = self._chosen_by = None
         self._stage = Stage()
         self._unchecked = set()
         if owner is not None:
-            self.slots.effect.close(owner, self.state_key)
+            with owner.flags.kept():
+                self.slots.effect.close(owner, self.state_key)
+
+    def _stepped(self, trainer: Any) -> bool:
+        """Whether an optimizer step of this batch is taken that is not counted yet."""
+        return self._owner is not None and -1 < self._seen_step < trainer.global_step
 
     # State ------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The selection, its scores, draws and history, as plain data and CPU tensors."""
-        return {"selection": self.selection.state_dict(), "drawn": self._drawn, "epoch": self._seen_epoch}
+        selection = {**self.selection.state_dict(), **self.selection.origin()}
+        return {"selection": selection, "drawn": self._drawn, "epoch": self._seen_epoch, "late": self._late}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a saved selection, also in the middle of a fit (the learning-rate finder does that)."""
         self._stage.disarm()
+        if self._owner is None:
+            self._met = None  # what is loaded is for the module that comes
+        else:
+            self._owner.flags.hide()
         self.selection.load_state_dict(state_dict["selection"])
         self._drawn, self._seen_epoch = int(state_dict["drawn"]), int(state_dict["epoch"])
+        self._late = bool(state_dict.get("late"))  # files of earlier versions do not tell
         if self._owner is not None and self.selection.choice is not None:
             self.slots.effect.apply(self._owner, self.state_key, self.selection.bound, self.selection.choice)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Adds every rank's random number states; called on all ranks, as Lightning saves."""
-        checkpoint["callbacks"][self.state_key]["rng"] = sync.gather(randomness.capture())
+        saved = checkpoint["callbacks"][self.state_key]
+        saved["rng"] = sync.gather(randomness.capture())
+        if self._stepped(trainer):  # by a callback that stands before this one, or in mid-batch
+            saved["selection"]["step"] += 1
+            saved["late"] = True
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keeps the saved random number states until the training starts."""

@@ -197,7 +197,7 @@ class Selective(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state under its own keys, and the selection under ``selection``."""
-        return {**self.base.state_dict(), "selection": self.selection.state_dict()}
+        return {**self.base.state_dict(), "selection": {**self.selection.state_dict(), **self.selection.origin()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up where `state_dict` was called."""

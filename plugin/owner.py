@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from apportion import claims, eligible
-from apportion.claims import Claim
+from apportion.claims import Claim, plain
+from apportion.flags import Flags
 from apportion.places import Slot, reshape
 from apportion.positions import kept_beside, spread_out, take_in
 from apportion.stores import Narrow, Picks
@@ -45,6 +46,7 @@ class Owner:
         averaged: Leaves whose gradients are averaged over ranks in another way at the present step.
         stepped: What selections do with an optimizer that has just stepped, its gradients still there, by selection.
         remembered: Gives what the scores of selections keep beside the optimizer's state, by selection.
+        flags: Tells the user's ``requires_grad`` from that of the selections.
 
     Raises:
         ValueError: If an optimizer cannot work on a changing list of parameters.
@@ -67,6 +69,7 @@ class Owner:
         self.opened: dict[str, Any] = {}
         self.stepped: dict[str, Callable[[Optimizer], None]] = {}
         self.remembered: dict[str, Callable[[], Iterable[Tensor]]] = {}
+        self.flags = Flags(self.slots, self.claims)
         self._handles: list[Any] = []
 
     @classmethod
@@ -161,7 +164,7 @@ class Owner:
             theirs = [] if other is None or other is self else [k for k, c in other.claims.items() if p in c.covered]
             if theirs:
                 raise ValueError(
-                    f"`{_plain(key)}` selects from {name}, which `{_plain(theirs[0])}` around another optimizer "
+                    f"`{plain(key)}` selects from {name}, which `{plain(theirs[0])}` around another optimizer "
                     "selects from: end that one first (`close()` of a `Selective`), or give both the same optimizers."
                 )
         for p in covered.values():
@@ -382,11 +385,6 @@ class Owner:
                 slot.store.write_through(p)
         for look in self.stepped.values():
             look(optimizer)
-
-
-def _plain(key: str) -> str:
-    """A selection as its user knows it."""
-    return key.partition("@")[0].partition("{")[0]
 
 
 def _with_entries(beside: dict[int, Any], optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

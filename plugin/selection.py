@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apportion import sync
+from apportion import resumed, sync
 from apportion.candidates import EntryRule, EntryScore
 from apportion.rank_units import RankBudget, RankScore
 from apportion.types import Bound, Budget, Draw, Effect, Probe, Rule, Score, State, Units, View, When, resolve
@@ -144,6 +144,7 @@ class Selection:
         self._steps: list[int] = []
         self._masks = bytearray()
         self._saved_names: list[str] | None = None
+        self._saved_sizes: list[int] | None = None
 
     @property
     def bound(self) -> Bound:
@@ -153,8 +154,15 @@ class Selection:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model, which a copy meets anew."""
-        names = list(self.names) if self._bound is not None else self._saved_names
-        return {**vars(self), "_bound": None, "_saved_names": names}
+        names, sizes = self._made_on()
+        return {**vars(self), "_bound": None, "_saved_names": names, "_saved_sizes": sizes}
+
+    def _made_on(self) -> tuple[list[str] | None, list[int] | None]:
+        """Names and sizes of the units that the selection is about, as far as they are known."""
+        if self._bound is None:
+            return self._saved_names, self._saved_sizes
+        # A whole unit is what its name says whatever its size, which follows that of its adapters, for one.
+        return list(self._bound.names), self._bound.sizes.tolist() if self.slots.grain == "entry" else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -171,18 +179,13 @@ class Selection:
         return History(list(self._steps), masks, names)
 
     def bind(self, model: nn.Module) -> Bound:
-        """Finds the units in ``model``; a restored selection must find the ones it was made on.
+        """Finds the units in ``model``; a selection that was made or restored must find the ones it was made on.
 
         Raises:
-            ValueError: If the units differ from the saved ones, or the budget does not fit them.
+            ValueError: If names or sizes of the units differ, or the budget does not fit them.
         """
         bound = self.slots.units.bind(model)
-        if self._saved_names is not None and list(bound.names) != self._saved_names:
-            raise ValueError(
-                f"The checkpoint's `{self.label}` was made on {len(self._saved_names)} units "
-                f"({', '.join(self._saved_names[:3])} ...), this model has {bound.n} ({', '.join(bound.names[:3])} "
-                "...): resume with the same model and the same `units`."
-            )
+        resumed.check(*self._made_on(), bound, self.label)
         self._prepare(bound)
         self._bound = bound
         return bound
@@ -306,6 +309,17 @@ class Selection:
                 "model's."
             )
         self.step, self.prepared, self._saved_names = int(state["step"]), int(state["prepared"]), names or None
+        sizes = state.get("sizes")  # files of earlier versions have neither sizes nor slots
+        self._saved_sizes = None if sizes is None else sizes.tolist()
+        resumed.compare(state.get("slots"), resumed.written(self.slots, self.seed), self.label)
+
+    def origin(self) -> dict[str, Any]:
+        """What the selection was made on and with, for a checkpoint beside `state_dict`."""
+        sizes = self._made_on()[1]
+        return {
+            "slots": resumed.written(self.slots, self.seed),
+            "sizes": None if sizes is None else torch.tensor(sizes, dtype=torch.int64),
+        }
 
     def describe(self) -> str:
         """The configuration in one line, for comparing ranks."""

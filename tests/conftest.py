@@ -56,6 +56,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """No process group of this process, which Lightning leaves behind, is there in the next test."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def quiet_trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
     """Makes CPU Trainers that draw no bars and write nothing unless told to."""

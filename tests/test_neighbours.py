@@ -196,8 +196,9 @@ def test_a_second_fit_with_a_new_trainer_goes_on() -> None:
 
 def test_an_epoch_clock_starts_anew_with_every_fit() -> None:
     driver = SelectiveTuning(Layers(), Uniform(), Constant(1), Cycle(), Freeze(), select_when=When(clock="epoch"))
+    task = Task()
     for _ in range(2):
-        fit(Task(), driver, steps=-1, max_epochs=1, limit_train_batches=2)
+        fit(task, driver, steps=-1, max_epochs=1, limit_train_batches=2)
     assert driver.history.steps == [0, 2]
 
 

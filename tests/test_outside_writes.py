@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toys import QUIET, WIDTH, Net, Task, adamw, fit, moved, tokens, trainable, weights
 
 from apportion.budgets import Constant
-from apportion.callbacks import LIFT, LISA, SIFT, SPIDER, BAdam, BitFit, Random
+from apportion.callbacks import LIFT, LISA, SIFT, SPIDER, BAdam, BitFit, PaFI, Random
 from apportion.driver import SelectiveTuning
 from apportion.effects import Compact, Freeze
 from apportion.entry_units import Entries
@@ -442,3 +442,30 @@ def test_spider_draws_back_to_what_hooks_of_the_module_have_loaded(hook: str) ->
     fit(task, [SPIDER()], 2)
     for key, parameter in task.named_parameters():
         assert torch.allclose(parameter, good[key], rtol=0.0, atol=4e-3), key
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+@pytest.mark.parametrize("make", [lambda: LIFT(2, interval=2), lambda: PaFI(60)], ids=["lift", "pafi"])
+def test_weights_that_were_chosen_by_must_be_those_that_are_trained(make: Any, hook: str) -> None:
+    task = Task(net=Net(dropout=0.0), optimizer=lambda m: adamw(trainable(m), lr=1e-3))
+    good = {key: value + 1 for key, value in task.state_dict().items()}
+
+    def load() -> None:
+        task.load_state_dict(good)
+
+    setattr(task, hook, load)
+    with pytest.raises(RuntimeError, match=r"has chosen by weights that were replaced .* load them in `__init__`"):
+        fit(task, [make()], 2)
+    fit(task, [Random(60)], 2)  # does not read them
+
+
+def test_weights_that_are_put_aside_and_back_are_the_same() -> None:
+    task = Task(net=Net(dropout=0.0))
+
+    def swap() -> None:
+        kept = {key: value.clone() for key, value in task.state_dict().items()}
+        task.load_state_dict({key: value + 1 for key, value in kept.items()})
+        task.load_state_dict(kept)
+
+    task.on_train_start = swap  # type: ignore[method-assign]
+    fit(task, [LIFT(2, interval=2)], 3)

@@ -117,7 +117,7 @@ def test_a_full_precision_copy_of_a_layer_and_entries_of_it_are_refused(first: s
     entries = of_candidates(net, drawn(net), Entries(pattern=r"layers\.3", head="freeze"))
     one, two = (entries, whole) if first == "entries" else (whole, entries)
     held = Selective(base, net, one)
-    message = r"`SelectiveTuning@.*` selects entries of layers\.3\..*full-precision copy.*leave `master` out"
+    message = r"`SelectiveTuning` selects entries of layers\.3\..*full-precision copy.*leave `master` out"
     with pytest.raises(ValueError, match=message):
         Selective(base, net, two)
     held.close()
