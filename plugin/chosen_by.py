@@ -62,4 +62,4 @@ class ChosenBy:
 
 
 def _norm(p: nn.Parameter) -> float:
-    return float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32))
+    return float(torch.linalg.vector_norm(p.detach(), dtype=torch.promote_types(p.dtype, torch.float32)))

@@ -469,3 +469,4 @@ def test_weights_that_are_put_aside_and_back_are_the_same() -> None:
 
     task.on_train_start = swap  # type: ignore[method-assign]
     fit(task, [LIFT(2, interval=2)], 3)
+    fit(Task(net=Net(dropout=0.0)), [LIFT(2, interval=2)], 3, precision="64-true")
