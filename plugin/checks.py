@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from apportion import sync
 from apportion.candidates import Candidates
+from apportion.classes import kinds
 from apportion.owner import Owner
 from apportion.selection import Selection, Slots
 from apportion.types import Bound
@@ -29,16 +30,16 @@ AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
 
 def strategy(trainer: Any, label: str) -> None:
     """Refuses strategies under which a changing set of trainable parameters drifts or is lost."""
-    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     for kind, reason in FIXED_SET.items():
-        if kind in kinds:
+        if kind in names:
             raise ValueError(
                 f"`{label}` does not run under `Trainer(strategy=...)` of type `{kind}`: {reason}. Use "
                 "`strategy='ddp'` or a single device, where memory follows the selection."
             )
-    if trainer.world_size > 1 and "DDPStrategy" not in kinds:
+    if trainer.world_size > 1 and "DDPStrategy" not in names:
         raise ValueError(
-            f"`{label}` is not known to be right under `{kinds[0]}` with {trainer.world_size} processes: use 'ddp'."
+            f"`{label}` is not known to be right under `{names[0]}` with {trainer.world_size} processes: use 'ddp'."
         )
     settings = getattr(trainer.strategy, "_ddp_kwargs", {})
     if settings.get("static_graph"):
@@ -53,26 +54,21 @@ def strategy(trainer: Any, label: str) -> None:
 
 def finders(trainer: Any) -> list[Any]:
     """The callbacks that look for a learning rate or a batch size, by training without the other callbacks."""
-    return [c for c in trainer.callbacks if {"LearningRateFinder", "BatchSizeFinder"} & _kinds(c)]
-
-
-def _kinds(thing: Any) -> set[str]:
-    """Class names, as both Lightning packages have classes of their own under one name."""
-    return {kind.__name__ for kind in type(thing).__mro__}
+    return [c for c in trainer.callbacks if {"LearningRateFinder", "BatchSizeFinder"} & kinds(c)]
 
 
 def neighbours(trainer: Any, label: str) -> None:
     """Refuses callbacks that decide about the same things."""
     ranks = [c.label for c in trainer.callbacks if getattr(getattr(c, "slots", None), "grain", None) == "rank"]
     for callback in trainer.callbacks:
-        if ranks and AVERAGES & _kinds(callback):
+        if ranks and AVERAGES & kinds(callback):
             raise ValueError(
                 f"`{ranks[0]}` changes which ranks there are, and `{type(callback).__name__}` averages weights over "
                 "steps: ranks that are out would come back, and tensors that change their shape do not fit its copy. "
                 f"Leave the average out, or take it in a later fit without `{ranks[0]}`, of a plain LoRA of the ranks "
                 "that are left (`apportion.lora_export.to_lora` makes it of AdaLoRA adapters)."
             )
-        if "BaseFinetuning" in _kinds(callback):
+        if "BaseFinetuning" in kinds(callback):
             raise ValueError(
                 f"`{label}` and `{type(callback).__name__}` both set `requires_grad` and the param groups, and would "
                 "undo each other: use one of them."

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from apportion import checks
+from apportion.classes import kinds
 from apportion.owner import Owner
 from apportion.selection import Selection
 
 
 def wraps(trainer: Any) -> bool:
     """Whether DistributedDataParallel wraps the module, as it does with one process, too."""
-    return any(kind.__name__ == "DDPStrategy" for kind in type(trainer.strategy).__mro__)
+    return "DDPStrategy" in kinds(trainer.strategy)
 
 
 def length(trainer: Any) -> int | None:

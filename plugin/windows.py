@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion import sync
+from apportion.classes import kinds
 from apportion.collector import Collector
 from apportion.entry_selection import EntrySelection
 from apportion.owner import Owner
@@ -252,7 +253,7 @@ def run_clock(trainer: Any) -> tuple[int | None, float | None]:
     steps = None if total in (float("inf"), -1) else int(total)
     if steps is not None and not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1:
         steps //= max(1, len(trainer.optimizers))  # Lightning counts the steps of each
-    timers = (c for c in trainer.callbacks if any(kind.__name__ == "Timer" for kind in type(c).__mro__))
+    timers = (c for c in trainer.callbacks if "Timer" in kinds(c))
     timer: Any = next((c for c in timers if c._duration), None)
     if timer is None:
         return steps, None

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from apportion.classes import kinds
+
 _VIEWS = ("Selective", "LightningOptimizer")
 """Wrappers that have no state or param groups of their own."""
 
@@ -44,10 +46,6 @@ def _optimizers(value: Any) -> Iterator[Optimizer]:
     yield from (v for v in values if isinstance(v, Optimizer))
 
 
-def _kinds(thing: Any) -> set[str]:
-    return {kind.__name__ for kind in type(thing).__mro__}
-
-
 def check_optimizer(optimizer: Optimizer, views: bool = True) -> None:
     """Refuses an optimizer that steps another one, whose state and param groups a selection would not reach.
 
@@ -59,11 +57,11 @@ def check_optimizer(optimizer: Optimizer, views: bool = True) -> None:
         ValueError: If it holds another optimizer.
     """
     found = inner(optimizer)
-    kinds = _kinds(optimizer)
-    if found is None or (views and kinds & set(_VIEWS)):
+    names = kinds(optimizer)
+    if found is None or (views and names & set(_VIEWS)):
         return
     name = type(found).__name__
-    advice = next((text for kind, text in _ADVICE.items() if kind in kinds), "Give the `{inner}` itself.")
+    advice = next((text for kind, text in _ADVICE.items() if kind in names), "Give the `{inner}` itself.")
     raise ValueError(
         f"`{type(optimizer).__name__}` steps another optimizer that it holds, `{name}`: what a selection takes out of "
         "the param groups, and the state that it drops, moves or keeps, would not be those of the step. "
@@ -83,14 +81,14 @@ def check_model(model: nn.Module, label: str) -> None:
             sharded.
     """
     for module in model.modules():
-        kinds = _kinds(module)
-        if kinds & set(_SHARDED):
+        names = kinds(module)
+        if names & set(_SHARDED):
             raise ValueError(
                 f"`Selective(..., model)` of `{label}` was given a model whose parameters FSDP has sharded or packed "
                 "into flat tensors, which cannot be selected from: use the bare module, of which memory follows the "
                 "selection. `Selective` averages gradients over the processes."
             )
-        if "DistributedDataParallel" not in kinds:
+        if "DistributedDataParallel" not in names:
             continue
         if getattr(module, "static_graph", False) or not getattr(module, "find_unused_parameters", False):
             raise ValueError(

@@ -54,10 +54,11 @@ def train(cfg: DictConfig) -> float:
         enable_checkpointing=bool(saver),
         _convert_="all",
     )
-    guard(trainer, cfg.objective or module.objective, cfg)
+    named = cfg.objective or module.objective
+    guard(trainer, named, cfg)
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    clock, named = Clock(), cfg.objective or module.objective
+    clock = Clock()
     trainer.callbacks += [clock, Logged(named)]  # type: ignore[attr-defined]
     clock.start()
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)

@@ -21,7 +21,7 @@ from apportion.recipes.evidence.methods import Method
 from apportion.recipes.evidence.pretrain import END, HELD_OUT, held_out
 from apportion.recipes.evidence.run import Prepared
 from apportion.recipes.evidence.sources import located
-from apportion.recipes.evidence.text import SPLIT_SEED, Batch, bucketed, sliced
+from apportion.recipes.evidence.text import SPLIT_SEED, Batch, bucketed, lines, sliced
 from apportion.recipes.tasks.module import CausalLM
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -57,8 +57,7 @@ class Task:
 
 def arithmetic(path: Path) -> list[Pair]:
     """GSM8K's questions and worked answers."""
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in found]
+    return [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in lines(path)]
 
 
 def descriptions(path: Path) -> list[Pair]:
@@ -69,12 +68,7 @@ def descriptions(path: Path) -> list[Pair]:
 
 def instructions(path: Path) -> list[Pair]:
     """Instructions with their answers: Alpaca's rows of a ``.json`` file, or Self-Instruct's of a ``.jsonl`` one."""
-    text = path.read_text(encoding="utf-8")
-    rows = (
-        [json.loads(line) for line in text.splitlines() if line.strip()]
-        if path.suffix == ".jsonl"
-        else json.loads(text)
-    )
+    rows = lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
     found = []
     for row in rows:
         for instance in row.get("instances", [row]):

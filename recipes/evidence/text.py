@@ -98,10 +98,15 @@ class Splits:
         return sum(label == commonest for _, label in self.test) / len(self.test)
 
 
+def lines(path: Path) -> list[Any]:
+    """Rows of a ``.jsonl`` file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def read(path: Path) -> list[Mapping[str, str]]:
     """Rows of a ``.jsonl`` file, or of a tab-separated one with a header."""
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return lines(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
